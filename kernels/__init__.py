@@ -1,0 +1,1 @@
+"""Kernels of the policy, each beside its plain-PyTorch twin; import them by full module name."""

@@ -1,0 +1,1 @@
+"""The policy network: decoder, caches, checkpoints and tokenizer."""

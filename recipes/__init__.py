@@ -1,0 +1,1 @@
+"""Recipes a user starts from, with the data they need offline."""

@@ -1,0 +1,1 @@
+"""Rewards: a completion goes in, a Score comes out."""
