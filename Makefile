@@ -1,0 +1,57 @@
+# make setup      create .venv with the pinned dependencies and the sandbox's system package
+# make train      set up, then train on recipes/code.yaml; RUN=name names the run folder runs/name
+# make test       set up, then lint, types and the quick tests: what every change must pass
+# make test-slow  set up, then the long tests: many seeds, chaos, soak
+# make clean      remove what make made; runs/ stays
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.PHONY: setup train test lint test-slow clean bubblewrap
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+setup: bubblewrap $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make setup: $(PYTHON) is $$($(PYTHON) --version 2>&1), but cispo needs Python 3.11 or later; run: make setup PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "Creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing the pinned dependencies into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+bubblewrap:
+	@command -v bwrap >/dev/null && exit 0; \
+	if ! command -v apt-get >/dev/null; then run=; \
+	elif [ "$$(id -u)" = 0 ]; then run=env; \
+	elif sudo -n true 2>/dev/null; then run=sudo; \
+	else run=; fi; \
+	if [ -n "$$run" ]; then \
+		echo "Installing the sandbox's system package bubblewrap"; \
+		{ $$run apt-get update -qq && $$run apt-get install -y -qq bubblewrap >/dev/null; } && exit 0; \
+	fi; \
+	echo "make setup: the sandbox needs bwrap, which is missing and could not be installed from here;" \
+		"run: sudo apt-get update && sudo apt-get install -y bubblewrap" >&2; exit 1
+
+train: setup
+	@run="$(RUN)"; n=1; \
+	if [ -z "$$run" ]; then run=code; while [ -e "runs/$$run" ]; do n=$$((n + 1)); run=code-$$n; done; fi; \
+	exec $(BIN)/cispo train recipes/code.yaml --name "$$run"
+
+lint: setup
+	@$(BIN)/ruff check -q .
+	@$(BIN)/mypy --no-error-summary
+
+test: lint
+	@$(BIN)/pytest -q $(PYTEST_ARGS)
+
+test-slow: setup
+	@$(BIN)/pytest -q -m "slow and not gpu and not docker" $(PYTEST_ARGS)
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
