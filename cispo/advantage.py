@@ -1,8 +1,8 @@
 """Advantages relative to the group: what a completion's score says beside those of its siblings. Loads no torch.
 
 MiniMax-M1 eq. 2: `A_i = (R_i - mean{R_j}) / std{R_j}`, one number a completion, the same for all its tokens. A score
-whose status is ERROR takes no part in mean or std and its completion gets no gradient. A group whose scores are all equal
-says nothing; it is dropped and counted (DAPO's dynamic sampling, without sampling again).
+whose status is ERROR takes no part in mean or std and its completion gets no gradient. A group whose scores are all
+equal says nothing; it is dropped and counted (DAPO's dynamic sampling, without sampling again).
 
 Shape suffix: G group size.
 """
@@ -58,23 +58,10 @@ class AdvantageBatch:
     groups: tuple[GroupAdvantages, ...]
     kept: tuple[int, ...]
 
-    def metrics(self) -> dict[str, float]:
-        """Shares of groups and samples left out; an empty batch has none."""
-        if not self.groups:
-            return {}
-        scored = np.concatenate([group.is_scored_G for group in self.groups])
-        metrics = {
-            "group/frac_zero_variance": float(np.mean([group.is_zero_variance for group in self.groups])),
-            "group/kept": float(len(self.kept)),
-            "group/dropped": float(len(self.groups) - len(self.kept)),
-            "sample/frac_masked": float(1 - scored.mean()),
-        }
-        if self.kept:
-            trained = np.concatenate([self.groups[i].advantage_G[self.groups[i].is_scored_G] for i in self.kept])
-            metrics["advantage/abs_mean"] = float(np.abs(trained).mean())
-            metrics["advantage/max"] = float(trained.max())
-            metrics["advantage/min"] = float(trained.min())
-        return metrics
+    @property
+    def dropped(self) -> int:
+        """Groups left out: their scores are all equal, or none of them is a score."""
+        return len(self.groups) - len(self.kept)
 
 
 def group_advantages(groups: Sequence[ScoredGroup], settings: AdvantageSettings) -> AdvantageBatch:

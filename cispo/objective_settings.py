@@ -119,7 +119,7 @@ class _ClippedSettings(_Settings):
 
 
 class GrpoSettings(_ClippedSettings):
-    """GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3): clipped surrogate, mean over a sample's tokens, then over samples."""
+    """GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3): clipped surrogate, mean over a sample's tokens, then samples."""
 
     name: Literal["grpo"] = "grpo"
 
