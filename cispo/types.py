@@ -33,7 +33,7 @@ class ScoreStatus(StrEnum):
 
     OK = "ok"
     ERROR = "error"
-    """The reward raised, returned no finite number, or its infrastructure failed: the sample is masked, never scored 0."""
+    """The reward raised, returned no finite number, or its infrastructure failed: masked, never scored 0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,145 @@
+"""Top-k mixture of SwiGLU experts over packed tokens, dropless, in plain PyTorch around `grouped_mm`.
+
+Tokens are copied into one buffer in the order of their experts, each expert's rows padded to a multiple of 4 so that
+the product gives a row the same bits whatever rows lie beside it; padded rows repeat a real token and are never read.
+Both copies are gathers in the backward too, so gradients add up in one order.
+
+N packed tokens, D model width, E experts, K experts a token, F expert width, R rows of the padded buffer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROW_MULTIPLE = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """Which experts a token goes to: expert_ids_NK (int64) and weight_NK (float32, each row sums to 1)."""
+
+    expert_ids_NK: Tensor
+    weight_NK: Tensor
+
+
+def route(logits_NE: Tensor, experts_per_token: int) -> Routing:
+    """Softmax over experts in float32, the k largest, renormalised; equal logits go to the lower index."""
+    probability_NE = torch.softmax(logits_NE.float(), dim=-1)
+    expert_ids_NK = torch.sort(logits_NE.detach(), dim=-1, descending=True, stable=True).indices[:, :experts_per_token]
+    chosen_NK = probability_NE.gather(1, expert_ids_NK)
+    return Routing(expert_ids_NK, chosen_NK / chosen_NK.sum(-1, keepdim=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Dispatch:
+    """row_NK: buffer row of each (token, choice). token_R: token of each row; slot_R: its (token, choice), or -1."""
+
+    row_NK: Tensor
+    token_R: Tensor
+    slot_R: Tensor
+    row_ends_E: Tensor
+
+
+def _dispatch(expert_ids_NK: Tensor, experts: int) -> _Dispatch:
+    tokens, k = expert_ids_NK.shape
+    flat = expert_ids_NK.reshape(-1)
+    order = torch.sort(flat, stable=True).indices
+    count_E = torch.bincount(flat, minlength=experts)
+    padded_E = (count_E + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
+    row_ends_E = torch.cumsum(padded_E, 0)
+    shift_E = (row_ends_E - padded_E) - (torch.cumsum(count_E, 0) - count_E)
+    sorted_experts = flat.index_select(0, order)
+    rows_sorted = torch.arange(tokens * k, device=flat.device) + shift_E.index_select(0, sorted_experts)
+    capacity = _buffer_rows(tokens * k, experts)
+    slot_R = flat.new_full((capacity,), -1).index_copy_(0, rows_sorted, order)
+    row_NK = torch.empty_like(flat).index_copy_(0, order, rows_sorted)
+    token_R = torch.div(slot_R, k, rounding_mode="floor").clamp_(min=0)
+    row_ends_E[-1] = capacity
+    return _Dispatch(row_NK.view(tokens, k), token_R, slot_R, row_ends_E.to(torch.int32))
+
+
+def _buffer_rows(choices: int, experts: int) -> int:
+    """Rows that always suffice, known without reading the counts back; the last expert takes the spare ones."""
+    return -(-(choices + experts * (ROW_MULTIPLE - 1)) // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+class _Permute(torch.autograd.Function):
+    """x [N, D] into the buffer [R, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, dispatch: _Dispatch) -> Tensor:
+        ctx.dispatch = dispatch
+        return x_ND.index_select(0, dispatch.token_R)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        row_NK = ctx.dispatch.row_NK
+        return gradients[0].index_select(0, row_NK.reshape(-1)).view(*row_NK.shape, -1).sum(1), None
+
+
+class _Combine(torch.autograd.Function):
+    """Weighted sum of each token's K rows, in float32: buffer [R, D], weights [N, K] to [N, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, out_RD: Tensor, weight_NK: Tensor, dispatch: _Dispatch) -> Tensor:
+        rows_NKD = out_RD.index_select(0, dispatch.row_NK.reshape(-1)).view(*dispatch.row_NK.shape, -1)
+        ctx.dispatch = dispatch
+        ctx.save_for_backward(rows_NKD, weight_NK)
+        return _weighted_sum(rows_NKD, weight_NK).to(out_RD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows_NKD, weight_NK = ctx.saved_tensors
+        dispatch: _Dispatch = ctx.dispatch
+        dout_ND = gradients[0]
+        weight_R = weight_NK.reshape(-1).index_select(0, dispatch.slot_R.clamp(min=0)) * (dispatch.slot_R >= 0)
+        drows_RD = dout_ND.index_select(0, dispatch.token_R) * weight_R.unsqueeze(1).to(dout_ND.dtype)
+        dweight_NK = (rows_NKD.float() * dout_ND.float().unsqueeze(1)).sum(-1)
+        return drows_RD, dweight_NK, None
+
+
+def _weighted_sum(rows_NKD: Tensor, weight_NK: Tensor) -> Tensor:
+    total_ND = rows_NKD[:, 0].float() * weight_NK[:, 0, None]
+    for choice in range(1, rows_NKD.shape[1]):
+        total_ND = total_ND + rows_NKD[:, choice].float() * weight_NK[:, choice, None]
+    return total_ND
+
+
+def grouped_product(x_RK: Tensor, weight_ENK: Tensor, row_ends_E: Tensor) -> Tensor:
+    """Rows of expert e times weight_ENK[e]^T; [R, N]. row_ends_E: int32 ends of each expert's rows, the last one R."""
+    if x_RK.is_cuda and x_RK.dtype is not torch.bfloat16:
+        ends = row_ends_E.tolist()
+        starts = [0, *ends[:-1]]
+        parts = [x_RK[a:b] @ w.t() for a, b, w in zip(starts, ends, weight_ENK.unbind(0), strict=True)]
+        return torch.cat(parts)
+    return torch.nn.functional.grouped_mm(x_RK, weight_ENK.transpose(1, 2), offs=row_ends_E)
+
+
+def swiglu_experts(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    """y = sum_k w_k down_e(silu(gate_e x) * up_e x) over the chosen experts e; [N, D] in x's dtype.
+
+    gate_up_EFD: [E, 2F, D], gate rows first, then up rows. down_EDF: [E, D, F].
+    """
+    dispatch = _dispatch(routing.expert_ids_NK, gate_up_EFD.shape[0])
+    buffer_RD: Tensor = _Permute.apply(x_ND, dispatch)
+    gate_RF, up_RF = grouped_product(buffer_RD, gate_up_EFD, dispatch.row_ends_E).chunk(2, dim=-1)
+    hidden_RF = torch.nn.functional.silu(gate_RF) * up_RF
+    out_RD = grouped_product(hidden_RF, down_EDF, dispatch.row_ends_E)
+    combined: Tensor = _Combine.apply(out_RD, routing.weight_NK, dispatch)
+    return combined
+
+
+def swiglu_experts_dense(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    """The same sum with every expert run on every token: less bookkeeping, so faster for the few rows of a decode step.
+
+    Inference only. A row's products are those of `swiglu_experts`, so the result has the same bits.
+    """
+    experts = gate_up_EFD.shape[0]
+    x_END = x_ND.unsqueeze(0).expand(experts, *x_ND.shape)
+    gate_ENF, up_ENF = torch.bmm(x_END, gate_up_EFD.transpose(1, 2)).chunk(2, dim=-1)
+    out_END = torch.bmm(torch.nn.functional.silu(gate_ENF) * up_ENF, down_EDF.transpose(1, 2))
+    token_N1 = torch.arange(x_ND.shape[0], device=x_ND.device).unsqueeze(1)
+    rows_NKD = out_END[routing.expert_ids_NK, token_N1]
+    return _weighted_sum(rows_NKD, routing.weight_NK).to(x_ND.dtype)

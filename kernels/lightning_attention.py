@@ -1,0 +1,168 @@
+"""Lightning attention in plain PyTorch: chunked forward, hand-written backward, and one decode step.
+
+    S_t = exp(-s) S_{t-1} + k_t^T v_t        o_t = q_t S_t                                   (Lightning Attention-2,
+                                                                                  arXiv 2401.04658, with M1's slopes s)
+
+computed by chunks of 64 as  O = ((Q K^T) . M) V + diag(lq) Q S_prev,  S = lam S_prev + (diag(lk) K)^T V  with
+M_ij = exp(-s (i - j)) for i >= j, lq_i = exp(-s (i + 1)), lk_j = exp(-s (C - 1 - j)), lam = exp(-s C).
+All decays are exponentials of differences, so no slope overflows. Arithmetic is float32 whatever the inputs.
+
+Decode keeps the state at the last chunk boundary and the keys and values since, and evaluates one row of the very
+product that training evaluates for the whole chunk: same operands, same order of sums, so the same bits wherever the
+library's products do not depend on the row count (see cispo.model.arithmetic).
+
+N packed tokens, M chunks, B sequences, H heads, C = 64 rows of a chunk, D head dim.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
+
+QUERY_ROWS = 4
+"""Rows that one decoded query is padded to: a single row takes another path through the library's product."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decays:
+    """The constants of one layer's slopes [H]: within_HCC is M, query_HC1 is lq, key_HC1 is lk, chunk_H11 is lam."""
+
+    within_HCC: Tensor
+    query_HC1: Tensor
+    key_HC1: Tensor
+    chunk_H11: Tensor
+
+
+def decays(slopes_H: Tensor) -> Decays:
+    """The decay constants of slopes [H] (float32), for chunks of 64."""
+    slopes_H11 = slopes_H.float().view(-1, 1, 1)
+    row_C = torch.arange(CHUNK_LENGTH, device=slopes_H.device, dtype=torch.float32)
+    distance_CC = row_C[:, None] - row_C[None, :]
+    within_HCC = torch.exp(-slopes_H11 * distance_CC.clamp(min=0)) * (distance_CC >= 0)
+    return Decays(
+        within_HCC=within_HCC,
+        query_HC1=torch.exp(-slopes_H11 * (row_C[None, :, None] + 1)),
+        key_HC1=torch.exp(-slopes_H11 * (CHUNK_LENGTH - 1 - row_C[None, :, None])),
+        chunk_H11=torch.exp(-slopes_H11 * CHUNK_LENGTH),
+    )
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product over the two leading dimensions, as the library's three-dimensional one."""
+    m, h = a.shape[:2]
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(m, h, a.shape[2], b.shape[3])
+
+
+def _chunk_states(kv_MHDD: Tensor, grid: ChunkGrid, decay: Decays) -> Tensor:
+    """State before each chunk, float32 [M, H, D, D]: zero for a sequence's first, else decayed sums, in order."""
+    states_MHDD = torch.zeros_like(kv_MHDD)
+    for j in range(1, len(grid.steps)):
+        chunks = torch.nonzero(grid.chunk_index_M == j).squeeze(1)
+        previous = states_MHDD.index_select(0, chunks - 1)
+        states_MHDD.index_copy_(0, chunks, decay.chunk_H11 * previous + kv_MHDD.index_select(0, chunks - 1))
+    return states_MHDD
+
+
+def _chunk_state_gradients(dstates_MHDD: Tensor, grid: ChunkGrid, decay: Decays) -> Tensor:
+    """Gradient of the state after each chunk, float32 [M, H, D, D]: the reverse of `_chunk_states`."""
+    after_MHDD = torch.zeros_like(dstates_MHDD)
+    for j in range(len(grid.steps) - 1, 0, -1):
+        chunks = torch.nonzero(grid.chunk_index_M == j).squeeze(1)
+        gradient = decay.chunk_H11 * after_MHDD.index_select(0, chunks) + dstates_MHDD.index_select(0, chunks)
+        after_MHDD.index_copy_(0, chunks - 1, gradient)
+    return after_MHDD
+
+
+def _chunk_kv(k_MHCD: Tensor, v_MHCD: Tensor, decay: Decays) -> Tensor:
+    """What a full chunk adds to the state: (diag(lk) K)^T V, float32 [M, H, D, D]."""
+    return _product((k_MHCD * decay.key_HC1).transpose(2, 3), v_MHCD)
+
+
+class _LightningAttention(torch.autograd.Function):
+    """Forward and backward on grids [M, H, C, D]; the backward is section 2.4's transpose, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, grid: ChunkGrid, decay: Decays) -> Tensor:
+        states = _chunk_states(_chunk_kv(k, v, decay), grid, decay)
+        scores = _product(q, k.transpose(2, 3)).mul_(decay.within_HCC)
+        out = _product(scores, v).add_(_product(q, states).mul_(decay.query_HC1))
+        ctx.save_for_backward(q, k, v, scores, states)
+        ctx.grid, ctx.decay = grid, decay
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, scores, states = ctx.saved_tensors
+        grid, decay, dout = ctx.grid, ctx.decay, gradients[0].contiguous()
+        dscores = _product(dout, v.transpose(2, 3)).mul_(decay.within_HCC)
+        dout_decayed = dout * decay.query_HC1
+        after = _chunk_state_gradients(_product(q.transpose(2, 3), dout_decayed), grid, decay)
+        k_decayed = k * decay.key_HC1
+        dq = _product(dscores, k).add_(_product(dout_decayed, states.transpose(2, 3)))
+        dk = _product(dscores.transpose(2, 3), q).add_(_product(v, after.transpose(2, 3)).mul_(decay.key_HC1))
+        dv = _product(scores.transpose(2, 3), dout).add_(_product(k_decayed, after))
+        return dq, dk, dv, None, None
+
+
+def lightning_attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, slopes: Decays, grid: ChunkGrid) -> Tensor:
+    """o_t = sum_{j <= t} exp(-s (t - j)) (q_t . k_j) v_j for every packed sequence; float32 [N, H, D].
+
+    q_NHD, k_NHD, v_NHD: packed rows [N, H, D], any float dtype. slopes: `decays` of the layer. No 1/sqrt(D) scale.
+    """
+    grids = [grid.scatter(x.float()) for x in (q_NHD, k_NHD, v_NHD)]
+    out: Tensor = _LightningAttention.apply(*grids, grid, slopes)
+    return grid.gather(out)
+
+
+def lightning_final_state(
+    k_NHD: Tensor, v_NHD: Tensor, slopes: Decays, grid: ChunkGrid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What decode needs to go on after prefill: the state at each sequence's last chunk boundary and the rows since.
+
+    Returns state_BHDD, k_recent_BHCD and v_recent_BHCD, all float32; rows not yet written are zero. A sequence whose
+    length is a multiple of 64 has its full last chunk in the state already and no recent rows.
+    """
+    k, v = grid.scatter(k_NHD.float()), grid.scatter(v_NHD.float())
+    kv = _chunk_kv(k, v, slopes)
+    states = _chunk_states(kv, grid, slopes).index_select(0, grid.last_chunk_B)
+    kv, k, v = (x.index_select(0, grid.last_chunk_B) for x in (kv, k, v))
+    is_full = torch.tensor([length % CHUNK_LENGTH == 0 for length in grid.lengths], device=k.device).view(-1, 1, 1, 1)
+    states = torch.where(is_full, slopes.chunk_H11 * states + kv, states)
+    return states, k.masked_fill(is_full, 0.0), v.masked_fill(is_full, 0.0)
+
+
+def lightning_decode(
+    q_BHD: Tensor,
+    k_BHD: Tensor,
+    v_BHD: Tensor,
+    slopes: Decays,
+    row_B: Tensor,
+    full_rows: Tensor | None,
+    state_BHDD: Tensor,
+    k_recent_BHCD: Tensor,
+    v_recent_BHCD: Tensor,
+) -> Tensor:
+    """One token for each of B sequences; float32 [B, H, D]. The three caches are updated in place.
+
+    row_B: row of the token in its chunk (position modulo 64), int64. full_rows: indices of the sequences whose chunk
+    this token completes (int64), or None when there is none; their state takes the chunk in and the rows start anew.
+    """
+    batch, heads, dim = q_BHD.shape
+    every = torch.arange(batch, device=row_B.device)
+    k_recent_BHCD[every, :, row_B] = k_BHD.float()
+    v_recent_BHCD[every, :, row_B] = v_BHD.float()
+    query = q_BHD.new_zeros(batch, heads, QUERY_ROWS, dim, dtype=torch.float32)
+    query[:, :, 0] = q_BHD
+    within = slopes.within_HCC.index_select(1, row_B).transpose(0, 1).unsqueeze(2)
+    scores = _product(query, k_recent_BHCD.transpose(2, 3)).mul_(within)
+    decayed = _product(query, state_BHDD).mul_(slopes.query_HC1.index_select(1, row_B).transpose(0, 1).unsqueeze(2))
+    out = _product(scores, v_recent_BHCD).add_(decayed)[:, :, 0]
+    if full_rows is not None:
+        kv = _chunk_kv(k_recent_BHCD.index_select(0, full_rows), v_recent_BHCD.index_select(0, full_rows), slopes)
+        state_BHDD.index_copy_(0, full_rows, slopes.chunk_H11 * state_BHDD.index_select(0, full_rows) + kv)
+        k_recent_BHCD.index_fill_(0, full_rows, 0.0)
+        v_recent_BHCD.index_fill_(0, full_rows, 0.0)
+    return out

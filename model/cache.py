@@ -1,0 +1,171 @@
+"""What a policy remembers of the sequences it is decoding: fixed-size states by slot, and pages of 64 tokens.
+
+A mixer declares what it keeps (`StateSpec`); the cache allocates it for every layer, and knows nothing of its meaning.
+Sequences live in dense slots 0 .. active - 1, so that a decode step works on views and copies nothing. A fork shares
+the full pages of its source and copies the page that is still being written.
+
+S slots, J pages of one sequence, B active sequences (rounded up to a multiple of 4 with idle slots).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cispo.kernels.chunks import CHUNK_LENGTH
+
+PAGE_LENGTH = CHUNK_LENGTH
+_SCRATCH_PAGE = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """One float32 tensor that a mixer keeps: its shape for one sequence or, if paged, for one page of 64 tokens."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_paged: bool
+
+
+State = dict[str, Tensor]
+"""The tensors of one layer by name: [S, *shape], or [pages, *shape] where paged."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefillTarget:
+    """Where a packed forward leaves the state of its sequences: slot_B, and their page table pages_BJ (int64)."""
+
+    slot_B: Tensor
+    pages_BJ: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeStep:
+    """One token for each of the slots 0 .. B - 1.
+
+    position_B: position of the token (int64). row_B: its row in its chunk. full_rows: sequences whose chunk it
+    completes, or None. pages_BJ: pages of each sequence up to the longest. write_page_B: page that takes the token.
+    """
+
+    position_B: Tensor
+    row_B: Tensor
+    full_rows: Tensor | None
+    pages_BJ: Tensor
+    write_page_B: Tensor
+
+
+class DecodeCache:
+    """States and pages of up to `capacity` sequences of up to `max_tokens` tokens."""
+
+    def __init__(
+        self, specs: Sequence[Sequence[StateSpec]], *, capacity: int, max_tokens: int, device: torch.device
+    ) -> None:
+        self.capacity = -(-capacity // 4) * 4
+        self.pages_per_sequence = -(-max_tokens // PAGE_LENGTH)
+        pages = 1 + self.capacity * self.pages_per_sequence
+        self.layers: list[State] = [
+            {
+                spec.name: torch.zeros((pages if spec.is_paged else self.capacity, *spec.shape), device=device)
+                for spec in layer
+            }
+            for layer in specs
+        ]
+        self._paged = [{spec.name for spec in layer if spec.is_paged} for layer in specs]
+        self._device = device
+        self._length_S: npt.NDArray[np.int64] = np.zeros(self.capacity, np.int64)
+        self._page_SJ: npt.NDArray[np.int64] = np.full(
+            (self.capacity, self.pages_per_sequence), _SCRATCH_PAGE, np.int64
+        )
+        self._page_references: npt.NDArray[np.int64] = np.zeros(pages, np.int64)
+        self._free_pages = list(range(pages - 1, _SCRATCH_PAGE, -1))
+
+    def _take_page(self) -> int:
+        page = self._free_pages.pop()
+        self._page_references[page] = 1
+        return page
+
+    def _drop_page(self, page: int) -> None:
+        self._page_references[page] -= 1
+        if self._page_references[page] == 0:
+            self._free_pages.append(page)
+
+    def admit(self, slots: Sequence[int], lengths: Sequence[int]) -> PrefillTarget:
+        """Reserve pages for prompts of these lengths (tokens) in these empty slots; a packed forward fills them."""
+        for slot, length in zip(slots, lengths, strict=True):
+            used = -(-length // PAGE_LENGTH)
+            self._length_S[slot] = length
+            self._page_SJ[slot, :used] = [self._take_page() for _ in range(used)]
+        width = -(-max(lengths) // PAGE_LENGTH)
+        pages_BJ = self._tensor(self._page_SJ[list(slots), :width])
+        return PrefillTarget(self._tensor(np.asarray(slots, np.int64)), pages_BJ)
+
+    def fork(self, source: int, targets: Sequence[int]) -> None:
+        """Give each empty target slot the sequence of the source slot."""
+        if not targets:
+            return
+        length = int(self._length_S[source])
+        full = length // PAGE_LENGTH
+        partial_pages = []
+        for target in targets:
+            self._length_S[target] = length
+            self._page_SJ[target, :full] = self._page_SJ[source, :full]
+            self._page_references[self._page_SJ[source, :full]] += 1
+            if length % PAGE_LENGTH:
+                self._page_SJ[target, full] = self._take_page()
+                partial_pages.append(int(self._page_SJ[target, full]))
+        source_page = int(self._page_SJ[source, full]) if partial_pages else _SCRATCH_PAGE
+        for state, paged in zip(self.layers, self._paged, strict=True):
+            for name, tensor in state.items():
+                if name not in paged:
+                    tensor[list(targets)] = tensor[source].clone()
+                elif partial_pages:
+                    tensor[partial_pages] = tensor[source_page].clone()
+
+    def move(self, source: int, target: int) -> None:
+        """Move the sequence of the source slot into an empty target slot, and leave the source empty."""
+        self._length_S[target] = self._length_S[source]
+        self._page_SJ[target] = self._page_SJ[source]
+        self._length_S[source] = 0
+        self._page_SJ[source] = _SCRATCH_PAGE
+        for state, paged in zip(self.layers, self._paged, strict=True):
+            for name, tensor in state.items():
+                if name not in paged:
+                    tensor[target] = tensor[source]
+
+    def release(self, slot: int) -> None:
+        """Empty a slot and give back the pages that no other sequence shares."""
+        for page in self._page_SJ[slot]:
+            if page != _SCRATCH_PAGE:
+                self._drop_page(int(page))
+        self._page_SJ[slot] = _SCRATCH_PAGE
+        self._length_S[slot] = 0
+
+    def begin_step(self, active: int) -> DecodeStep:
+        """Take room for one more token in each of the first `active` slots, and say where it goes."""
+        for slot in np.nonzero(self._length_S[:active] % PAGE_LENGTH == 0)[0]:
+            self._page_SJ[slot, self._length_S[slot] // PAGE_LENGTH] = self._take_page()
+        batch = -(-active // 4) * 4
+        position_B = self._length_S[:batch].copy()
+        position_B[active:] = 0
+        tile_B = position_B // PAGE_LENGTH
+        width = int(tile_B.max()) + 1
+        row_B = position_B % PAGE_LENGTH
+        full = np.nonzero(row_B == PAGE_LENGTH - 1)[0]
+        self._length_S[:active] += 1
+        return DecodeStep(
+            position_B=self._tensor(position_B),
+            row_B=self._tensor(row_B),
+            full_rows=self._tensor(full) if full.size else None,
+            pages_BJ=self._tensor(self._page_SJ[:batch, :width]),
+            write_page_B=self._tensor(self._page_SJ[np.arange(batch), tile_B]),
+        )
+
+    @property
+    def pages_in_use(self) -> int:
+        return int((self._page_references > 0).sum())
+
+    def _tensor(self, values: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values).copy()).to(self._device)

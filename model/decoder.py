@@ -1,0 +1,138 @@
+"""The MiniMax-M1 decoder on packed tokens.
+
+    n1 = RMSNorm(h);  h = alpha n1 + beta Mixer(n1);  n2 = RMSNorm(h);  h = alpha n2 + beta Experts(n2)
+
+The residual is the *normalised* input (post-norm, as in DeepNorm), so no stream passes a layer unnormalised. Nothing
+here knows of padding: tokens of all sequences lie one after the other, and `cu_seqlens` says where each begins.
+
+N packed tokens, B sequences, D model width, V vocabulary, E experts, F expert width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cispo.kernels.chunks import ChunkGrid, chunk_grid
+from cispo.kernels.experts import route, swiglu_experts, swiglu_experts_dense
+from cispo.kernels.head_loss import head_logits
+from cispo.kernels.product import product
+from cispo.model.cache import DecodeCache, DecodeStep, PrefillTarget, State
+from cispo.model.config import LIGHTNING, ModelConfig
+from cispo.model.mixers import build_mixer, rotary_table
+
+_DENSE_EXPERTS_MAX_ROWS = 64
+"""Up to here running every expert on every row is faster than sorting rows by expert."""
+
+
+class Experts(nn.Module):
+    """Top-k of E SwiGLU experts, dropless, with a float32 router (M1 report, section 2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.experts_per_token = config.experts_per_token
+        self.router = nn.Parameter(torch.empty(config.experts, config.hidden_size, dtype=torch.float32))
+        self.gate_up = nn.Parameter(torch.empty(config.experts, 2 * config.expert_width, config.hidden_size))
+        self.down = nn.Parameter(torch.empty(config.experts, config.hidden_size, config.expert_width))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        routing = route(product(x_ND.float(), self.router.float()), self.experts_per_token)
+        if x_ND.shape[0] <= _DENSE_EXPERTS_MAX_ROWS and not torch.is_grad_enabled():
+            return swiglu_experts_dense(x_ND, routing, self.gate_up, self.down)
+        return swiglu_experts(x_ND, routing, self.gate_up, self.down)
+
+
+class Layer(nn.Module):
+    """A token mixer and a channel mixer, each on the normalised stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        is_lightning = config.mixers[index] == LIGHTNING
+        self.mixer_alpha = config.lightning_alpha if is_lightning else config.softmax_alpha
+        self.mixer_beta = config.lightning_beta if is_lightning else config.softmax_beta
+        self.expert_alpha, self.expert_beta = config.expert_alpha, config.expert_beta
+        self.epsilon = config.norm_epsilon
+        self.mixer_norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.mixer = build_mixer(config, index)
+        self.expert_norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.experts = Experts(config)
+
+    def forward(
+        self, h_ND: Tensor, rotary: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
+    ) -> Tensor:
+        x_ND = F.rms_norm(h_ND, self.mixer_norm.shape, self.mixer_norm, self.epsilon)
+        return self._channel_mix(x_ND, self.mixer(x_ND, rotary, grid, state, target))
+
+    def decode(self, h_BD: Tensor, rotary: Tensor, step: DecodeStep, state: State) -> Tensor:
+        x_BD = F.rms_norm(h_BD, self.mixer_norm.shape, self.mixer_norm, self.epsilon)
+        return self._channel_mix(x_BD, self.mixer.decode(x_BD, rotary, step, state))
+
+    def _channel_mix(self, x_ND: Tensor, mixed_ND: Tensor) -> Tensor:
+        h_ND = self.mixer_alpha * x_ND + self.mixer_beta * mixed_ND
+        x_ND = F.rms_norm(h_ND, self.expert_norm.shape, self.expert_norm, self.epsilon)
+        return self.expert_alpha * x_ND + self.expert_beta * self.experts(x_ND)
+
+
+class Decoder(nn.Module):
+    """Token ids in, final hidden states out; logits only where they are asked for."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocabulary_size, config.hidden_size))
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
+        self.final_norm = nn.Parameter(torch.ones(config.hidden_size))
+        if not config.tie_embeddings:
+            self.head = nn.Parameter(torch.empty(config.vocabulary_size, config.hidden_size))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The LM head [V, D]; the embedding itself where they are tied."""
+        return self.embedding if self.config.tie_embeddings else self.head
+
+    def initialise(self, seed: int) -> None:
+        """Draw every matrix from N(0, initializer_range^2), in order of names; norms keep their ones."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.dim() > 1:
+                    drawn = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
+                    parameter.copy_(drawn)
+
+    def forward(
+        self,
+        ids_N: Tensor,
+        positions_N: Tensor,
+        cu_seqlens: Tensor,
+        cache: DecodeCache | None = None,
+        target: PrefillTarget | None = None,
+    ) -> Tensor:
+        """Hidden states of packed tokens, after the final norm; [N, D] in the weights' dtype.
+
+        ids_N: int64 token ids. positions_N: int64 positions, from 0 at the start of each sequence. cu_seqlens: int32
+        [B + 1], where each sequence starts and the last one ends. cache and target: leave the state of every sequence
+        there, for `decode` to go on from.
+        """
+        grid = chunk_grid(cu_seqlens.diff().tolist(), ids_N.device)
+        rotary = rotary_table(positions_N, self.config.rotary_dim, self.config.rope_theta)
+        h_ND = F.embedding(ids_N, self.embedding)
+        for index, layer in enumerate(self.layers):
+            h_ND = layer(h_ND, rotary, grid, cache.layers[index] if cache else None, target)
+        return F.rms_norm(h_ND, self.final_norm.shape, self.final_norm, self.config.norm_epsilon)
+
+    def decode(self, ids_B: Tensor, step: DecodeStep, cache: DecodeCache) -> Tensor:
+        """Hidden state of one more token of each sequence in slots 0 .. B - 1; [B, D]."""
+        rotary = rotary_table(step.position_B, self.config.rotary_dim, self.config.rope_theta)
+        h_BD = F.embedding(ids_B, self.embedding)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            h_BD = layer.decode(h_BD, rotary, step, cache.layers[index])
+        return F.rms_norm(h_BD, self.final_norm.shape, self.final_norm, self.config.norm_epsilon)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Float32 logits [N, V]."""
+        return head_logits(hidden_ND, self.head_weight)
+
+    def new_cache(self, *, capacity: int, max_tokens: int) -> DecodeCache:
+        """An empty cache for `capacity` sequences of up to `max_tokens` tokens, on the weights' device."""
+        specs = [layer.mixer.state_specs() for layer in self.layers if isinstance(layer, Layer)]
+        return DecodeCache(specs, capacity=capacity, max_tokens=max_tokens, device=self.embedding.device)

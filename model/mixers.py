@@ -1,0 +1,168 @@
+"""Token mixers: lightning attention and softmax attention behind one seam.
+
+A mixer maps normalised rows to rows, packed (`forward`) or one token a sequence (`decode`), and declares the state it
+keeps between the two (`state_specs`). A new kind of mixer is one class with these three methods.
+
+N packed tokens, B sequences, D model width, H heads, K key heads, A head dim.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
+from cispo.kernels.lightning_attention import (
+    Decays,
+    decays,
+    lightning_attention,
+    lightning_decode,
+    lightning_final_state,
+)
+from cispo.kernels.product import product
+from cispo.kernels.softmax_attention import softmax_attention, softmax_decode
+from cispo.model.cache import DecodeStep, PrefillTarget, State, StateSpec
+from cispo.model.config import LIGHTNING, ModelConfig
+
+_LIGHTNING_NORM_EPSILON = 1e-6
+"""M1's own modelling code uses 1e-6 here and the configured epsilon in every other norm."""
+
+
+class Mixer(Protocol):
+    """What the decoder asks of a token mixer."""
+
+    def state_specs(self) -> list[StateSpec]: ...
+
+    def __call__(
+        self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
+    ) -> Tensor: ...
+
+    def decode(self, x_BD: Tensor, rotary_BA: Tensor, step: DecodeStep, state: State) -> Tensor: ...
+
+
+def lightning_slopes(heads: int, layer: int, layers: int) -> Tensor:
+    """Decay rates s_{h,l} = 2^(-8 (h+1) / H) * (1 - l / (L - 1) + 1e-5), float32 [H]; l counts every layer.
+
+    Source: MiniMax-M1's modelling code; H is a power of two there.
+    """
+    base_H = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+    return (base_H * (1 - layer / max(layers - 1, 1) + 1e-5)).float()
+
+
+class LightningMixer(nn.Module):
+    """Linear attention with fixed decay, output norm over all heads, and a sigmoid gate; no positions, no scale.
+
+    `qkv_gate` holds the rows of M1's `qkv_proj` (per head: q, k, v) followed by those of `output_gate`.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.heads, config.head_dim
+        inner = config.heads * config.head_dim
+        self.qkv_gate = nn.Parameter(torch.empty(4 * inner, config.hidden_size))
+        self.norm = nn.Parameter(torch.ones(inner))
+        self.out = nn.Parameter(torch.empty(config.hidden_size, inner))
+        self._slopes_H = lightning_slopes(config.heads, layer, config.layers)
+        self._decays: Decays | None = None
+
+    def decays(self, device: torch.device) -> Decays:
+        """Float32 whatever the weights' dtype: rounded decays are wrong decays."""
+        if self._decays is None or self._decays.within_HCC.device != device:
+            self._decays = decays(self._slopes_H.to(device))
+        return self._decays
+
+    def state_specs(self) -> list[StateSpec]:
+        recent = (self.heads, CHUNK_LENGTH, self.head_dim)
+        return [
+            StateSpec("state", (self.heads, self.head_dim, self.head_dim), is_paged=False),
+            StateSpec("k_recent", recent, is_paged=False),
+            StateSpec("v_recent", recent, is_paged=False),
+        ]
+
+    def _project(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inner = self.heads * self.head_dim
+        qkv_NI, gate_NI = product(x_ND, self.qkv_gate).split([3 * inner, inner], dim=-1)
+        q, k, v = F.silu(qkv_NI).view(-1, self.heads, 3 * self.head_dim).split(self.head_dim, dim=-1)
+        return q, k, v, gate_NI
+
+    def _finish(self, out_NHA: Tensor, gate_NI: Tensor) -> Tensor:
+        normed = F.rms_norm(out_NHA.flatten(1).to(gate_NI.dtype), self.norm.shape, self.norm, _LIGHTNING_NORM_EPSILON)
+        return product(torch.sigmoid(gate_NI) * normed, self.out)
+
+    def forward(
+        self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
+    ) -> Tensor:
+        q, k, v, gate = self._project(x_ND)
+        slopes = self.decays(x_ND.device)
+        if state is not None and target is not None:
+            final = lightning_final_state(k, v, slopes, grid)
+            for name, tensor in zip(("state", "k_recent", "v_recent"), final, strict=True):
+                state[name].index_copy_(0, target.slot_B, tensor)
+        return self._finish(lightning_attention(q, k, v, slopes, grid), gate)
+
+    def decode(self, x_BD: Tensor, rotary_BA: Tensor, step: DecodeStep, state: State) -> Tensor:
+        q, k, v, gate = self._project(x_BD)
+        batch = x_BD.shape[0]
+        own = (state[name][:batch] for name in ("state", "k_recent", "v_recent"))
+        out = lightning_decode(q, k, v, self.decays(x_BD.device), step.row_B, step.full_rows, *own)
+        return self._finish(out, gate)
+
+
+def rotary_table(positions_N: Tensor, rotary_dim: int, theta: float) -> Tensor:
+    """Cosines and sines, float32 [N, 2, rotary_dim / 2]: angle_i = position * theta^(-2i / rotary_dim)."""
+    index = torch.arange(0, rotary_dim, 2, device=positions_N.device, dtype=torch.float64)
+    angle = (positions_N.double().unsqueeze(1) * theta ** (-index / rotary_dim)).float()
+    return torch.stack((angle.cos(), angle.sin()), dim=1)
+
+
+def rotate(x_NHA: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate the first rotary_dim dims of each head (dim i pairs with i + rotary_dim / 2); the rest passes through."""
+    half = rotary.shape[2]
+    cos, sin = rotary[:, 0].unsqueeze(1), rotary[:, 1].unsqueeze(1)
+    first, second, rest = x_NHA.float().split([half, half, x_NHA.shape[2] - 2 * half], dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x_NHA.dtype)
+
+
+class SoftmaxMixer(nn.Module):
+    """Grouped-query attention with partial rotary embedding; `qkv` holds the rows of q_proj, k_proj and v_proj."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.key_heads, self.head_dim = config.heads, config.key_heads, config.head_dim
+        rows = (config.heads + 2 * config.key_heads) * config.head_dim
+        self.qkv = nn.Parameter(torch.empty(rows, config.hidden_size))
+        self.out = nn.Parameter(torch.empty(config.hidden_size, config.heads * config.head_dim))
+
+    def state_specs(self) -> list[StateSpec]:
+        page = (self.key_heads, CHUNK_LENGTH, self.head_dim)
+        return [StateSpec("k_pages", page, is_paged=True), StateSpec("v_pages", page, is_paged=True)]
+
+    def _project(self, x_ND: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = product(x_ND, self.qkv).view(x_ND.shape[0], -1, self.head_dim)
+        q, k, v = qkv.split([self.heads, self.key_heads, self.key_heads], dim=1)
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def forward(
+        self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
+    ) -> Tensor:
+        q, k, v = self._project(x_ND, rotary_NA)
+        if state is not None and target is not None:
+            in_use = torch.arange(target.pages_BJ.shape[1], device=x_ND.device)
+            chunks_B = torch.tensor([-(-length // CHUNK_LENGTH) for length in grid.lengths], device=x_ND.device)
+            pages = target.pages_BJ[in_use < chunks_B.unsqueeze(1)]
+            state["k_pages"].index_copy_(0, pages, grid.scatter(k.float()))
+            state["v_pages"].index_copy_(0, pages, grid.scatter(v.float()))
+        return product(softmax_attention(q, k, v, grid).flatten(1).to(x_ND.dtype), self.out)
+
+    def decode(self, x_BD: Tensor, rotary_BA: Tensor, step: DecodeStep, state: State) -> Tensor:
+        q, k, v = self._project(x_BD, rotary_BA)
+        state["k_pages"][step.write_page_B, :, step.row_B] = k.float()
+        state["v_pages"][step.write_page_B, :, step.row_B] = v.float()
+        out = softmax_decode(q, state["k_pages"], state["v_pages"], step.pages_BJ, step.position_B)
+        return product(out.flatten(1).to(x_BD.dtype), self.out)
+
+
+def build_mixer(config: ModelConfig, layer: int) -> LightningMixer | SoftmaxMixer:
+    """The mixer that the configuration names for a layer."""
+    return LightningMixer(config, layer) if config.mixers[layer] == LIGHTNING else SoftmaxMixer(config)

@@ -1,0 +1,83 @@
+"""Text to token ids and back, and the chat rendering of a prompt, from a policy folder's own files.
+
+`tokenizer.json` holds the vocabulary; `tokenizer_config.json` names the end-of-sequence token and the Jinja chat
+template. Ids that came from the policy are never re-encoded from text.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import tokenizers
+
+from cispo.errors import CheckpointError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokenizer:
+    """The tokenizer of one policy folder."""
+
+    _tokenizer: tokenizers.Tokenizer
+    _template: jinja2.Template
+    _special: dict[str, str]
+    eos_id: int
+    path: Path
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """Read both files of a policy folder; CheckpointError names what is missing and what to do."""
+        path = Path(path)
+        missing = [name for name in TOKENIZER_FILES if not (path / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{path} has no {' and no '.join(missing)}; copy the tokenizer of the policy there")
+        config: dict[str, Any] = json.loads((path / TOKENIZER_FILES[1]).read_text(encoding="utf-8"))
+        if "chat_template" not in config:
+            raise CheckpointError(f"{path / TOKENIZER_FILES[1]} has no chat_template; add the policy's own")
+        tokenizer = tokenizers.Tokenizer.from_file(str(path / TOKENIZER_FILES[0]))
+        special = {key: _token_text(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
+        eos_id = tokenizer.token_to_id(special.get("eos_token", ""))
+        if eos_id is None:
+            raise CheckpointError(f"{path / TOKENIZER_FILES[1]} names no eos_token of the vocabulary; add it")
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise_exception
+        return cls(tokenizer, environment.from_string(config["chat_template"]), special, int(eos_id), path)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text, with no special token added."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens are dropped."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def render_prompt(self, text: str) -> list[int]:
+        """Token ids of one user message in the chat template, up to where the policy's answer begins."""
+        message = {"role": "user", "content": text}
+        rendered = self._template.render(messages=[message], add_generation_prompt=True, **self._special)
+        return self.encode(rendered)
+
+    def save(self, path: Path | str) -> None:
+        """Copy the tokenizer's files into another policy folder."""
+        for name in TOKENIZER_FILES:
+            if (self.path / name).resolve() != (Path(path) / name).resolve():
+                shutil.copyfile(self.path / name, Path(path) / name)
+
+
+def _token_text(token: Any) -> str:
+    """Hugging Face writes a special token as text or as an object with its text under `content`."""
+    return str(token["content"] if isinstance(token, dict) else token)
