@@ -48,7 +48,8 @@ def test_the_order_of_records_changes_no_bit(values: list[float], rng: random.Ra
     shuffled = list(values)
     rng.shuffle(shuffled)
     for kind in (Mean, Sum, Max):
-        assert reduced("reward/mean", *[kind(v) for v in values]) == reduced("reward/mean", *[kind(v) for v in shuffled])
+        forward = reduced("reward/mean", *[kind(value) for value in values])
+        assert forward == reduced("reward/mean", *[kind(value) for value in shuffled])
     assert reduced("reward/std", Std(tuple(values))) == reduced("reward/std", *(Std((value,)) for value in shuffled))
 
 
