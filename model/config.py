@@ -139,7 +139,7 @@ def _refuse_unsupported(config: Mapping[str, Any], original: bool) -> None:
     if original and not config.get("postnorm", True):
         raise UnsupportedError("config.json sets postnorm: false, which this version lacks; use a postnorm checkpoint")
     if config.get("shared_intermediate_size"):
-        raise UnsupportedError("config.json asks for shared_intermediate_size, a shared expert, which this version lacks")
+        raise UnsupportedError("config.json asks for a shared expert, which this version lacks")
     if config.get("sliding_window"):
         raise UnsupportedError("config.json asks for a sliding window, which this version lacks")
     if config.get("hidden_act", "silu") != "silu":

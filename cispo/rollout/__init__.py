@@ -1,0 +1,1 @@
+"""The rollout engine: prompts go in, groups of completions come out."""

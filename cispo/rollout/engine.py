@@ -1,0 +1,239 @@
+"""Continuous batching of groups: submit prompts, step, collect finished groups.
+
+A step is schedule -> run -> postprocess. Groups are admitted whole: the prompt is prefilled once and forked to the group's
+completions. Sequences occupy dense slots; when one ends, the last moves into its place and waiting groups move up.
+
+S slots, B active sequences, T tokens of one completion.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cispo.kernels.head_loss import head_logits
+from cispo.model.decoder import Decoder
+from cispo.model.tokenizer import Tokenizer
+from cispo.rollout.sampling import noise_key, sample_tokens, uniforms
+from cispo.types import Group, Prompt, Rollout, StopReason, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How completions are sampled: at a temperature > 0, up to max_completion_tokens, with noise from seed."""
+
+    temperature: float
+    max_completion_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRequest:
+    """A prompt to sample group_size completions of. stream: separates the noise of passes over the same prompt."""
+
+    prompt: Prompt
+    group_size: int
+    stream: str
+
+
+@dataclass(slots=True, eq=False)
+class _Sampling:
+    """A group under way: its prompt's ids and the completions that have ended."""
+
+    request: GroupRequest
+    prompt_ids: list[int]
+    rollouts: dict[int, Rollout]
+
+
+class Engine:
+    """Samples groups of completions from one decoder.
+
+    max_concurrent_completions bounds the sequences decoded together, max_prompt_tokens the length of a prompt; both fix
+    the cache's memory. Not safe to use from two threads at once.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        settings: SamplingSettings,
+        *,
+        max_concurrent_completions: int,
+        max_prompt_tokens: int,
+    ) -> None:
+        self.decoder, self.tokenizer, self.settings = decoder, tokenizer, settings
+        self.policy_version = 0
+        self.completion_tokens = 0
+        self._max_prompt_tokens = max_prompt_tokens
+        self._max_concurrent = max_concurrent_completions
+        self._device = decoder.head_weight.device
+        self._cache = decoder.new_cache(
+            capacity=max_concurrent_completions, max_tokens=max_prompt_tokens + settings.max_completion_tokens
+        )
+        slots, limit = self._cache.capacity, settings.max_completion_tokens
+        self._waiting: deque[_Sampling] = deque()
+        self._finished: list[Group] = []
+        self._active = 0
+        self._sampling: list[_Sampling | None] = [None] * slots
+        self._completion_index_S = np.zeros(slots, np.int64)
+        self._key_S = np.zeros(slots, np.uint64)
+        self._sampled_S = np.zeros(slots, np.int64)
+        self._ids_ST = np.zeros((slots, limit), np.int32)
+        self._logprobs_ST = np.zeros((slots, limit), np.float32)
+        self._versions_ST = np.zeros((slots, limit), np.int32)
+
+    def submit(self, request: GroupRequest) -> None:
+        """Queue a group. ValueError when the group or its prompt can never fit."""
+        prompt_ids = self.tokenizer.render_prompt(request.prompt.text)
+        if not 1 <= request.group_size <= self._max_concurrent:
+            raise ValueError(
+                f"group_size {request.group_size} does not fit max_concurrent_completions {self._max_concurrent}; "
+                "raise the latter"
+            )
+        if len(prompt_ids) > self._max_prompt_tokens:
+            raise ValueError(
+                f"prompt {request.prompt.id} has {len(prompt_ids)} tokens, more than max_prompt_tokens "
+                f"{self._max_prompt_tokens}; raise it or shorten the prompt"
+            )
+        self._waiting.append(_Sampling(request, prompt_ids, {}))
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and self._active == 0
+
+    @property
+    def active_completions(self) -> int:
+        return self._active
+
+    @property
+    def waiting_groups(self) -> int:
+        return len(self._waiting)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Sample one token of every active completion, or the first tokens of groups that were just admitted."""
+        admitted = self._schedule()
+        if admitted:
+            first, logits_BV = self._prefill(admitted)
+        elif self._active:
+            first, logits_BV = 0, self._decode()
+        else:
+            return
+        self._postprocess(first, logits_BV)
+
+    def collect(self) -> list[Group]:
+        """Groups that have ended since the last call, each with its rollouts in order of completion index."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def update_weights(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take new weights between two steps, in place; completions under way go on, their states kept."""
+        parameters = dict(self.decoder.named_parameters())
+        if set(parameters) != set(tensors):
+            raise ValueError(f"weights of version {version} name other parameters: {set(parameters) ^ set(tensors)}")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+        self.policy_version = version
+
+    def _schedule(self) -> list[_Sampling]:
+        admitted, occupied = [], self._active
+        while self._waiting and occupied + self._waiting[0].request.group_size <= self._max_concurrent:
+            admitted.append(self._waiting.popleft())
+            occupied += admitted[-1].request.group_size
+        return admitted
+
+    def _prefill(self, admitted: Sequence[_Sampling]) -> tuple[int, Tensor]:
+        """Run the prompts packed, fork each to its completions; returns the first new slot and their logits."""
+        first, sources = self._active, []
+        for sampling in admitted:
+            sources.append(self._active)
+            for index in range(sampling.request.group_size):
+                self._occupy(self._active, sampling, index)
+                self._active += 1
+        lengths = [len(sampling.prompt_ids) for sampling in admitted]
+        target = self._cache.admit(sources, lengths)
+        ids_N = torch.tensor([token for sampling in admitted for token in sampling.prompt_ids], device=self._device)
+        positions_N = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
+        ends_B = torch.tensor(lengths).cumsum(0)
+        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), ends_B)).to(self._device, torch.int32)
+        hidden_ND = self.decoder(ids_N, positions_N, cu_seqlens, self._cache, target)
+        for source, sampling in zip(sources, admitted, strict=True):
+            self._cache.fork(source, range(source + 1, source + sampling.request.group_size))
+        last_BD = hidden_ND.index_select(0, (ends_B - 1).to(self._device))
+        logits_BV = head_logits(last_BD, self.decoder.head_weight, temperature=self.settings.temperature)
+        sizes = torch.tensor([sampling.request.group_size for sampling in admitted], device=self._device)
+        return first, logits_BV.repeat_interleave(sizes, 0)
+
+    def _occupy(self, slot: int, sampling: _Sampling, completion_index: int) -> None:
+        request = sampling.request
+        self._sampling[slot] = sampling
+        self._completion_index_S[slot] = completion_index
+        self._key_S[slot] = noise_key(self.settings.seed, request.stream, request.prompt.id, completion_index)
+        self._sampled_S[slot] = 0
+
+    def _decode(self) -> Tensor:
+        step = self._cache.begin_step(self._active)
+        batch = step.position_B.numel()
+        last_B = self._ids_ST[np.arange(batch), np.maximum(self._sampled_S[:batch] - 1, 0)]
+        hidden_BD = self.decoder.decode(torch.from_numpy(last_B).to(self._device, torch.int64), step, self._cache)
+        return head_logits(hidden_BD, self.decoder.head_weight, temperature=self.settings.temperature)[: self._active]
+
+    def _postprocess(self, first: int, logits_BV: Tensor) -> None:
+        """Sample a token for each slot from `first` on, record it, and retire completions that have ended."""
+        slots = np.arange(first, self._active)
+        position_B = self._sampled_S[slots]
+        uniform_B = torch.from_numpy(uniforms(self._key_S[slots], position_B)).to(self._device)
+        ids_B, logprob_B = sample_tokens(logits_BV, uniform_B)
+        ids = ids_B.to("cpu").numpy()
+        self._ids_ST[slots, position_B] = ids
+        self._logprobs_ST[slots, position_B] = logprob_B.to("cpu").numpy()
+        self._versions_ST[slots, position_B] = self.policy_version
+        self._sampled_S[slots] += 1
+        self.completion_tokens += len(slots)
+        is_eos = ids == self.tokenizer.eos_id
+        ended = is_eos | (self._sampled_S[slots] == self.settings.max_completion_tokens)
+        for at in reversed(np.nonzero(ended)[0]):
+            self._retire(int(slots[at]), StopReason.EOS if is_eos[at] else StopReason.LENGTH)
+
+    def _retire(self, slot: int, reason: StopReason) -> None:
+        sampling = self._sampling[slot]
+        assert sampling is not None
+        length = int(self._sampled_S[slot])
+        index = int(self._completion_index_S[slot])
+        turn = Turn(
+            token_ids_T=self._ids_ST[slot, :length].copy(),
+            loss_mask_T=np.ones(length, np.bool_),
+            logprobs_T=self._logprobs_ST[slot, :length].copy(),
+            policy_versions_T=self._versions_ST[slot, :length].copy(),
+        )
+        sampling.rollouts[index] = Rollout(
+            prompt_id=sampling.request.prompt.id,
+            completion_index=index,
+            prompt_token_ids_T=np.asarray(sampling.prompt_ids, np.int32),
+            turns=(turn,),
+            stop_reason=reason,
+            text=self.tokenizer.decode(turn.token_ids_T.tolist()),
+        )
+        if len(sampling.rollouts) == sampling.request.group_size:
+            in_order = tuple(sampling.rollouts[i] for i in range(sampling.request.group_size))
+            self._finished.append(Group(sampling.request.prompt, in_order))
+        self._vacate(slot)
+
+    def _vacate(self, slot: int) -> None:
+        """Free a slot and keep the active ones dense."""
+        self._cache.release(slot)
+        last = self._active - 1
+        if slot != last:
+            self._cache.move(last, slot)
+            self._sampling[slot] = self._sampling[last]
+            for per_slot in (self._completion_index_S, self._key_S, self._sampled_S):
+                per_slot[slot] = per_slot[last]
+            length = self._sampled_S[slot]
+            for per_token in (self._ids_ST, self._logprobs_ST, self._versions_ST):
+                per_token[slot, :length] = per_token[last, :length]
+        self._sampling[last] = None
+        self._active = last

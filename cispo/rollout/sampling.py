@@ -1,0 +1,47 @@
+"""Sampling a token, with noise that is a function of who asks and where, not of when or beside whom.
+
+The uniform number for a token depends on (run seed, stream, prompt id, completion index, position) alone, so a request
+samples the same whatever batch, worker or order it runs in.
+
+B sequences, V vocabulary.
+"""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def noise_key(seed: int, stream: str, prompt_id: str, completion_index: int) -> np.uint64:
+    """The 64-bit key of one completion's noise; equal names of different requests would share it."""
+    name = "\x00".join((str(seed), stream, prompt_id, str(completion_index)))
+    return np.uint64(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"))
+
+
+def uniforms(key_B: npt.NDArray[np.uint64], position_B: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) for each (key, position): SplitMix64 (Steele et al., OOPSLA 2014) as a counter-based hash."""
+    with np.errstate(over="ignore"):
+        z = key_B + (position_B.astype(np.uint64) + np.uint64(1)) * _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * _MIX_1
+        z = (z ^ (z >> np.uint64(27))) * _MIX_2
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of the distribution function at one uniform number a row.
+
+    logits_BV: float32, already divided by the temperature. uniform_B: float64 in [0, 1).
+    Returns ids_B (int64) and logprob_B (float32), the log-probability of the sampled token over the whole vocabulary.
+    """
+    logprob_BV = torch.log_softmax(logits_BV, dim=-1)
+    cumulative_BV = torch.cumsum(logprob_BV.exp(), dim=-1, dtype=torch.float64)
+    threshold_B1 = (uniform_B * cumulative_BV[:, -1]).unsqueeze(1)
+    ids_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)
+    return ids_B1.squeeze(1), logprob_BV.gather(1, ids_B1).squeeze(1)

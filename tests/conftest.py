@@ -1,0 +1,70 @@
+"""Fixtures shared by all rooms: a small random policy of the M1 kind with its own tokenizer, as a folder on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cispo.model.arithmetic import prepare_products
+
+prepare_products()
+
+SMALL_CONFIG = {
+    "model_type": "minimax_m1",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "attn_type_list": [0, 0, 0, 1],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rotary_dim": 8,
+    "rope_theta": 10000.0,
+    "intermediate_size": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "layernorm_linear_attention_alpha": 1.68,
+    "layernorm_linear_attention_beta": 1.0,
+    "layernorm_full_attention_alpha": 1.68,
+    "layernorm_full_attention_beta": 1.0,
+    "layernorm_mlp_alpha": 1.68,
+    "layernorm_mlp_beta": 1.0,
+}
+
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '<|assistant|>' }}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer of 256 bytes and four special tokens, trained on nothing."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|end|>", "bos_token": "<|bos|>", "chat_template": _CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def small_policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy folder with random weights (seed 0), float32; read-only by convention."""
+    import torch
+
+    from cispo.model.checkpoint import initialise_policy, save_policy
+
+    folder = tmp_path_factory.mktemp("small_policy")
+    (folder / "config.json").write_text(json.dumps(SMALL_CONFIG), encoding="utf-8")
+    save_policy(initialise_policy(folder, seed=0, dtype=torch.float32, device="cpu"), folder)
+    write_byte_tokenizer(folder)
+    return folder
