@@ -1,0 +1,291 @@
+"""A run is a folder: its recipe, its metrics, its rollouts and its checkpoints, and everything shown is a view of it.
+
+    recipe.yaml                     every setting as the run used it
+    metrics.jsonl                   one JSON object a step, "step" first
+    rollouts/step_000042.jsonl      one JSON object a completion
+    checkpoints/step_000040/        written by `cispo.checkpoint`
+    log.txt
+
+A name is taken once: a folder that exists is only ever opened again to resume it. One process writes at a time, which a
+file lock ensures that ends with the process, however it ends. Whole files appear by rename, so a kill leaves the old or
+the new one; a kill in the middle of a metrics line leaves a torn last line, which resuming removes.
+"""
+
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from pydantic import BaseModel
+
+from cispo.errors import RunFolderError
+from cispo.types import Rollout, Score, ScoredGroup
+
+RECIPE, METRICS, LOG, LOCK = "recipe.yaml", "metrics.jsonl", "log.txt", ".lock"
+STEP_NAME = re.compile(r"step_(\d+)(\.jsonl)?")
+MAY_CHANGE = frozenset({"steps", "checkpoint", "logging", "ray", "base_path"})
+"""Top-level settings that may differ when a run is resumed: they say how long and where, not what is computed."""
+
+
+class RunFolder:
+    """The folder of one run, held by this process until `close` or its end."""
+
+    def __init__(self, path: Path, lock: TextIO) -> None:
+        """Use `create` or `open_for_resume`."""
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: Path, recipe: BaseModel) -> "RunFolder":
+        """Make the folder with its resolved recipe, or raise RunFolderError if the name is taken.
+
+        Of two processes that create the same name at once, one gets it.
+        """
+        path = Path(os.path.abspath(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The folder appears by rename with its recipe inside, so no run folder is ever half made.
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        lock = _lock(draft, path)
+        try:
+            draft.chmod(0o755)
+            (draft / "rollouts").mkdir()
+            (draft / "checkpoints").mkdir()
+            write_atomically(draft / RECIPE, resolved_yaml(recipe))
+            (draft / METRICS).touch()
+            draft.rename(path)
+        except OSError as error:
+            lock.close()
+            shutil.rmtree(draft, ignore_errors=True)
+            if not path.exists():
+                raise RunFolderError(f"cannot create the run folder {path} ({error}); choose another place") from error
+            raise RunFolderError(
+                f"the run folder {path} exists already; choose another name with --name, or continue it with --resume"
+            ) from error
+        _sync_folder(path.parent)
+        return cls(path, lock)
+
+    @classmethod
+    def open_for_resume(cls, path: Path, recipe: BaseModel) -> "RunFolder":
+        """Open the folder of an interrupted run, and drop a metrics line that a kill tore.
+
+        Raises RunFolderError if there is no such run, if another process writes it, or if `recipe` differs from the
+        run's in a setting outside MAY_CHANGE. The recipe stored is replaced by this one.
+        """
+        path = Path(os.path.abspath(path))
+        if not (path / RECIPE).is_file():
+            raise RunFolderError(f"there is no run to resume at {path}; start it without --resume")
+        lock = _lock(path, path)
+        try:
+            _refuse_another_recipe(path, recipe)
+            write_atomically(path / RECIPE, resolved_yaml(recipe))
+            _drop_torn_line(path / METRICS)
+        except BaseException:
+            lock.close()
+            raise
+        return cls(path, lock)
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / LOG
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / METRICS
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:06d}"
+
+    def rollouts_path(self, step: int) -> Path:
+        return self.path / "rollouts" / f"step_{step:06d}.jsonl"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps with a checkpoint, in ascending order."""
+        return sorted(_steps(self.path / "checkpoints"))
+
+    def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one line. Numbers that are not finite become null, since JSON has none. Steps must ascend."""
+        last = self.last_step()
+        if last is not None and step <= last:
+            raise ValueError(f"metrics of step {step} after those of step {last}: there is one line a step")
+        values = {name: _json_number(value) for name, value in metrics.items()}
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every line of the metrics, oldest first."""
+        return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+
+    def last_step(self) -> int | None:
+        """The step of the last metrics line, or None before the first."""
+        line = _last_line(self.metrics_path)
+        return int(json.loads(line)["step"]) if line else None
+
+    def write_rollouts(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        """Write what was sampled in a step, one line a completion; an existing file of that step is replaced."""
+        lines = (json.dumps(record, default=_plain) + "\n" for group in groups for record in _records(step, group))
+        write_atomically(self.rollouts_path(step), lines)
+
+    def truncate_after(self, step: int) -> None:
+        """Forget metrics lines and rollouts of later steps, which a resumed run does again."""
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_atomically(self.metrics_path, [line for line in lines if json.loads(line)["step"] <= step])
+        for later in _steps(self.path / "rollouts"):
+            if later > step:
+                self.rollouts_path(later).unlink()
+
+    def close(self) -> None:
+        """Let another process open the folder."""
+        self._lock.close()
+
+
+def write_atomically(path: Path, content: str | Iterable[str]) -> None:
+    """Write a text file so that a reader, or a kill at any moment, meets the old file or the whole new one."""
+    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.writelines([content] if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(draft, 0o644)
+        os.replace(draft, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(draft)
+        raise
+    _sync_folder(path.parent)
+
+
+def resolved_yaml(recipe: BaseModel) -> str:
+    """Every setting of a recipe, defaults included, as YAML that loads to the same recipe."""
+    return yaml.safe_dump(plain_settings(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def plain_settings(value: Any) -> Any:
+    """Settings as the dicts, lists and scalars that YAML has."""
+    if isinstance(value, BaseModel):
+        return {name: plain_settings(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, Mapping):
+        return {str(key): plain_settings(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_settings(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def differing_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the settings that differ, each as `learner.learning_rate (was 1e-05, now 2e-05)`."""
+    found: list[str] = []
+    for key in dict.fromkeys((*before, *after)):
+        old, new, name = before.get(key, "absent"), after.get(key, "absent"), f"{prefix}{key}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differing_settings(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{name} (was {old}, now {new})")
+    return found
+
+
+def _refuse_another_recipe(path: Path, recipe: BaseModel) -> None:
+    stored = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
+    given = yaml.safe_load(resolved_yaml(recipe))
+    kept = [{key: value for key, value in settings.items() if key not in MAY_CHANGE} for settings in (stored, given)]
+    differing = differing_settings(*kept)
+    if differing:
+        raise RunFolderError(
+            f"the run at {path} was started with other settings: {'; '.join(differing)}; "
+            f"resume with the run's own ({RECIPE} in it; only {', '.join(sorted(MAY_CHANGE))} may change), "
+            "or start another run with --name"
+        )
+
+
+def _lock(folder: Path, shown: Path) -> TextIO:
+    lock = (folder / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise RunFolderError(f"another process is writing the run at {shown}; stop it first") from error
+    return lock
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last newline: a line is complete when its newline is written."""
+    if not path.exists():
+        path.touch()
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _last_line(path: Path, block_bytes: int = 1 << 16) -> bytes:
+    """The last complete line of a file, or nothing; only the file's end is read."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        tail = b""
+        while size > 0 and tail.rstrip(b"\n").count(b"\n") < 1:
+            start = max(0, size - block_bytes)
+            file.seek(start)
+            tail = file.read(size - start) + tail
+            size = start
+    return tail.rstrip(b"\n").rpartition(b"\n")[2]
+
+
+def _steps(folder: Path) -> Iterator[int]:
+    for entry in folder.iterdir():
+        match = STEP_NAME.fullmatch(entry.name)
+        if match:
+            yield int(match[1])
+
+
+def _records(step: int, group: ScoredGroup) -> Iterator[dict[str, Any]]:
+    for rollout, score in zip(group.rollouts, group.scores, strict=True):
+        yield _record(step, group.prompt.text, rollout, score)
+
+
+def _record(step: int, prompt: str, rollout: Rollout, score: Score) -> dict[str, Any]:
+    versions = rollout.policy_versions_T[rollout.loss_mask_T]
+    return {
+        "step": step,
+        "prompt_id": rollout.prompt_id,
+        "completion_index": rollout.completion_index,
+        "prompt": prompt,
+        "completion": rollout.text,
+        "reward": score.value,
+        "status": score.status,
+        "message": score.message,
+        "parts": dict(score.parts),
+        "info": dict(score.info),
+        "stop_reason": rollout.stop_reason,
+        "completion_length_tokens": rollout.completion_length_tokens,
+        "policy_version": {"min": int(versions.min()), "max": int(versions.max())} if len(versions) else None,
+        "turns": len(rollout.turns),
+    }
+
+
+def _json_number(value: Any) -> Any:
+    value = _plain(value) if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars and arrays, and anything else by its text: a rollout log must not end a run."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename in the folder last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
