@@ -68,8 +68,7 @@ def test_name_that_exists_is_refused_with_the_remedies(folder: RunFolder) -> Non
 def test_of_many_creators_one_gets_the_name(tmp_path: Path) -> None:
     program = textwrap.dedent("""
         import sys, time
-        from collections.abc import Iterator
-from pathlib import Path
+        from pathlib import Path
         from pydantic import BaseModel
         from cispo.errors import RunFolderError
         from cispo.run_folder import RunFolder
@@ -161,8 +160,7 @@ def test_torn_last_line_is_dropped_on_resume(tmp_path_factory: pytest.TempPathFa
 def test_kill_at_any_moment_leaves_whole_steps(tmp_path: Path) -> None:
     program = textwrap.dedent("""
         import sys
-        from collections.abc import Iterator
-from pathlib import Path
+        from pathlib import Path
         sys.path.insert(0, sys.argv[2])
         from test_run_folder import Recipe, RunFolder, scored_group
         folder = RunFolder.create(Path(sys.argv[1]), Recipe())
