@@ -104,7 +104,11 @@ class MicroBatch:
     tokens: TokenBatch
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return MicroBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        """On another device, but for cu_seqlens, which the decoder reads on the host: there it would have to wait."""
+        moved = {
+            field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "cu_seqlens"
+        }
+        return MicroBatch(cu_seqlens=self.cu_seqlens, **moved)
 
 
 def training_sequences(groups: Sequence[ScoredGroup], advantages: AdvantageBatch) -> list[list[TrainSequence]]:

@@ -1,0 +1,214 @@
+"""The learner: a generation batch of scored groups in, a better policy out.
+
+One call of `train` is one step: advantages, drop, split into mini batches of whole groups, and for each mini batch one
+update: forward and backward over packed micro batches, clip, AdamW. The loss is fused with the LM head: coefficients
+come from the objective in the same pass that makes the logprobs. Nothing here knows of Ray, files or the loop.
+
+Mismatch is measured in every step: the difference between the logprobs stored while sampling and those of the learner's
+own forward before its first update, at equal weights.
+
+Shape suffixes: N packed tokens or tokens of a TokenBatch, M loss tokens of a micro batch, D model width.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cispo.advantage import AdvantageSettings, group_advantages
+from cispo.batch import (
+    MicroBatch,
+    TrainSequence,
+    pack_micro_batches,
+    split_mini_batches,
+    token_weights,
+    training_sequences,
+)
+from cispo.errors import CheckpointError, CispoError
+from cispo.kernels.head_loss import HeadLoss, head_logprobs, head_policy_loss
+from cispo.learner_metrics import StepRecord
+from cispo.learner_settings import LearnerSettings, scheduled_learning_rate
+from cispo.model.decoder import Decoder
+from cispo.objective import build_objective
+from cispo.objective_settings import DrGrpoSettings, ObjectiveSettings
+from cispo.optimizer import MasterAdamW
+from cispo.types import ScoredGroup
+
+
+class Learner:
+    """Owns the policy's weights, the optimiser and the policy version.
+
+    decoder: the policy, trained in place. temperature: that of sampling; logprobs on both sides are taken at it.
+    max_completion_tokens: the constant of Dr. GRPO unless its settings name one. total_updates: length of the learning
+    rate's schedule. reference: a frozen policy for the KL penalty, needed exactly when the objective has one.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        objective: ObjectiveSettings,
+        advantage: AdvantageSettings,
+        settings: LearnerSettings,
+        temperature: float,
+        max_completion_tokens: int,
+        total_updates: int,
+        seed: int,
+        reference: Decoder | None = None,
+    ) -> None:
+        if objective.needs_reference != (reference is not None):
+            raise ValueError("a reference policy is needed exactly when kl_coefficient is above 0")
+        self.decoder = decoder
+        self.policy_version = 0
+        self._reference = reference
+        self._objective_settings = objective
+        self._objective = build_objective(objective)
+        self._advantage = advantage
+        self._settings = settings
+        self._temperature = temperature
+        self._max_completion_tokens = max_completion_tokens
+        self._total_updates = total_updates
+        self._seed = seed
+        self._optimizer = MasterAdamW(
+            decoder, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        )
+
+    def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+        """Train on one generation batch and return the step's metrics.
+
+        Raises CispoError, before the weights change, when a loss or gradient is not finite. A step in which every group
+        was dropped makes no update; the policy version grows all the same, because the step is over.
+        """
+        started = time.perf_counter()
+        record = StepRecord(self.policy_version)
+        advantages = group_advantages(groups, self._advantage)
+        kept = training_sequences(groups, advantages)
+        record.add_groups(groups, advantages, kept_groups=len(kept))
+        mini_batches = [
+            list(self._micro_batches(sequences))
+            for sequences in split_mini_batches(kept, self._settings.updates_per_step, seed=self._seed, step=step)
+        ]
+        if self._objective_settings.needs_proximal or self._objective_settings.needs_reference:
+            mini_batches = [[self._scored(micro, record) for micro in mini_batch] for mini_batch in mini_batches]
+        for index, mini_batch in enumerate(mini_batches):
+            self._update(mini_batch, record, groups, step, is_first=index == 0)
+        self.policy_version += 1
+        return record.metrics(self.policy_version, time.perf_counter() - started)
+
+    def policy_tensors(self) -> dict[str, Tensor]:
+        """The policy's weights by name, in the dtype it computes in; those in use, not copies."""
+        return {name: parameter.detach() for name, parameter in self.decoder.named_parameters()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that an exact continuation needs: masters, moments, update count and policy version."""
+        return {"policy_version": torch.tensor(self.policy_version), **self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken; the policy's own weights are restored with it."""
+        rest = dict(state)
+        version = rest.pop("policy_version", None)
+        if version is None:
+            raise CheckpointError("the learner state has no policy_version; resume from a checkpoint of `cispo train`")
+        self._optimizer.load_state_dict(rest)
+        self.policy_version = int(version)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.decoder.head_weight.device
+
+    def _micro_batches(self, sequences: Sequence[TrainSequence]) -> Iterator[MicroBatch]:
+        settings = self._objective_settings
+        normaliser = settings.normaliser_tokens if isinstance(settings, DrGrpoSettings) else None
+        weights = token_weights(
+            sequences,
+            settings.reduction,
+            mixed_sample_weight=getattr(settings, "mixed_sample_weight", None),
+            normaliser_tokens=normaliser or self._max_completion_tokens,
+        )
+        return pack_micro_batches(sequences, weights, self._settings.tokens_per_micro_batch)
+
+    @torch.no_grad()
+    def _scored(self, micro: MicroBatch, record: StepRecord) -> MicroBatch:
+        """The micro batch with the logprobs that the objective needs from before the first update."""
+        tokens = micro.tokens
+        if self._objective_settings.needs_proximal:
+            proximal_logprob_N = self._logprobs(self.decoder, micro)
+            record.add_mismatch(tokens, proximal_logprob_N)
+            tokens = replace(tokens, proximal_logprob_N=proximal_logprob_N)
+        if self._reference is not None:
+            tokens = replace(tokens, reference_logprob_N=self._logprobs(self._reference, micro))
+        return replace(micro, tokens=tokens)
+
+    def _logprobs(self, decoder: Decoder, micro: MicroBatch) -> Tensor:
+        there = micro.to(self._device)
+        hidden_ND = decoder(there.ids_N, there.positions_N, there.cu_seqlens)
+        logprob_M, _ = head_logprobs(
+            hidden_ND.index_select(0, there.rows_M), decoder.head_weight, there.targets_M, temperature=self._temperature
+        )
+        return logprob_M.cpu()
+
+    def _update(
+        self,
+        mini_batch: Sequence[MicroBatch],
+        record: StepRecord,
+        groups: Sequence[ScoredGroup],
+        step: int,
+        *,
+        is_first: bool,
+    ) -> None:
+        losses = []
+        for micro in mini_batch:
+            there = micro.to(self._device)
+            head = self._forward_backward(there)
+            tokens = there.tokens.with_logprob(head.logprob_N)
+            result = self._objective.coefficients(tokens)
+            losses.append((result.loss_N, there.tokens.group_N))
+            record.add_micro_batch(result, head.entropy_N, tokens=len(micro.ids_N))
+            if is_first and not self._objective_settings.needs_proximal:
+                record.add_mismatch(micro.tokens, head.logprob_N)
+        norm = self._optimizer.clip(self._settings.max_grad_norm)
+        self._refuse_non_finite(losses, norm, groups, step)
+        learning_rate = scheduled_learning_rate(
+            self._settings.learning_rate,
+            self._optimizer.updates,
+            warmup_updates=self._settings.warmup_updates,
+            schedule=self._settings.schedule,
+            total_updates=self._total_updates,
+        )
+        self._optimizer.update(learning_rate)
+        record.add_update(float(norm), learning_rate)
+
+    def _forward_backward(self, micro: MicroBatch) -> HeadLoss:
+        def coefficients(logprob_C: Tensor, rows: slice) -> Tensor:
+            tokens = micro.tokens.rows(rows).with_logprob(logprob_C)
+            return self._objective.coefficients(tokens).coefficient_N
+
+        hidden_ND = self.decoder(micro.ids_N, micro.positions_N, micro.cu_seqlens)
+        head = head_policy_loss(
+            hidden_ND.index_select(0, micro.rows_M),
+            self.decoder.head_weight,
+            micro.targets_M,
+            coefficients,
+            temperature=self._temperature,
+        )
+        torch.autograd.backward(head.loss)
+        self._optimizer.collect()
+        return head
+
+    def _refuse_non_finite(
+        self, losses: Sequence[tuple[Tensor, Tensor]], norm: Tensor, groups: Sequence[ScoredGroup], step: int
+    ) -> None:
+        if bool(norm.isfinite()) and all(bool(loss_N.isfinite().all()) for loss_N, _ in losses):
+            return
+        self._optimizer.forget()
+        bad = {int(group) for loss_N, group_N in losses for group in group_N[~loss_N.isfinite()].tolist()}
+        what = "the loss" if bad else "the gradient"
+        suspects = sorted(bad or {int(group) for _, group_N in losses for group in group_N.tolist()})
+        names = ", ".join(repr(groups[group].prompt.id) for group in suspects[:4])
+        more = f" and {len(suspects) - 4} more" if len(suspects) > 4 else ""
+        raise CispoError(
+            f"step {step}: {what} is not finite in the groups of prompts {names}{more}; "
+            "the weights are unchanged: look at these rollouts, then lower learner.learning_rate or the ratio's bounds"
+        )

@@ -1,0 +1,109 @@
+"""What the learner measures in a step: sums over tokens, reduced once at the end to the names of metric_table.py.
+
+Shape suffix: N tokens of a TokenBatch.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cispo.advantage import AdvantageBatch, Float64Array
+from cispo.batch import TokenBatch
+from cispo.objective import Coefficients
+from cispo.types import ScoredGroup
+
+_MEANS = {
+    "ratio": "policy/ratio/mean",
+    "clipped_high": "loss/frac_clipped_high",
+    "clipped_low": "loss/frac_clipped_low",
+    "kl_reference": "policy/kl_reference",
+    "entropy": "policy/entropy",
+}
+
+
+class StepRecord:
+    """The measurements of one step; `policy_version` is the learner's before the step."""
+
+    def __init__(self, policy_version: int) -> None:
+        self._policy_version = policy_version
+        self._sums: dict[str, float] = defaultdict(float)
+        self._ratio_max = 0.0
+        self._mismatch: list[Float64Array] = []
+        self._ages: list[int] = []
+        self._norms: list[float] = []
+        self._learning_rate = 0.0
+        self._dropped = 0
+
+    def add_groups(self, groups: Sequence[ScoredGroup], advantages: AdvantageBatch, *, kept_groups: int) -> None:
+        """Count what is left out, and how old the sampled tokens of the scored samples are."""
+        self._dropped = len(groups) - kept_groups
+        for group, advantage in zip(groups, advantages.groups, strict=True):
+            for rollout, is_scored in zip(group.rollouts, advantage.is_scored_G, strict=True):
+                sampled = rollout.loss_mask_T
+                if not is_scored:
+                    self._sums["unscored_tokens"] += int(sampled.sum())
+                elif advantage.group in advantages.kept:
+                    self._ages += (self._policy_version - rollout.policy_versions_T[sampled]).tolist()
+
+    def add_micro_batch(self, result: Coefficients, entropy_N: Tensor, *, tokens: int) -> None:
+        """Add one micro batch of `tokens` packed tokens."""
+        sums = {**result.sums, "entropy": entropy_N.sum(dtype=torch.float64)}
+        *values, ratio_max = torch.stack([*sums.values(), result.maxima["ratio"].double()]).tolist()
+        for name, value in zip(sums, values, strict=True):
+            self._sums[name] += value
+        self._sums["packed_tokens"] += tokens
+        self._ratio_max = max(self._ratio_max, ratio_max)
+
+    def add_mismatch(self, tokens: TokenBatch, logprob_N: Tensor) -> None:
+        """Compare logprobs at equal weights: of the tokens that this very policy version sampled."""
+        difference_N = logprob_N.double().cpu() - tokens.rollout_logprob_N.double().cpu()
+        is_equal_N = tokens.policy_version_N.cpu() == self._policy_version
+        self._mismatch.append(difference_N[is_equal_N].numpy())
+
+    def add_update(self, grad_norm: float, learning_rate: float) -> None:
+        self._norms.append(grad_norm)
+        self._learning_rate = learning_rate
+
+    def metrics(self, policy_version: int, seconds: float) -> dict[str, float]:
+        """The step's metrics; those that had nothing to measure are absent."""
+        metrics = {
+            "group/dropped": float(self._dropped),
+            "optim/updates": float(len(self._norms)),
+            "policy/version": float(policy_version),
+            "time_s/forward_backward": seconds,
+        }
+        if self._norms:
+            metrics |= self._training(seconds)
+        difference = np.concatenate([np.zeros(0), *self._mismatch])
+        if len(difference):
+            metrics |= _mismatch(difference)
+        return metrics
+
+    def _training(self, seconds: float) -> dict[str, float]:
+        sums, tokens = self._sums, self._sums["tokens"]
+        unscored = sums["unscored_tokens"]
+        metrics = {metric: sums[name] / tokens for name, metric in _MEANS.items() if name in sums}
+        return metrics | {
+            "loss/policy": sums["loss"] / len(self._norms),
+            "loss/frac_masked": (sums["masked"] + unscored) / (tokens + unscored),
+            "policy/ratio/max": self._ratio_max,
+            "optim/grad_norm": max(self._norms),
+            "optim/lr": self._learning_rate,
+            "off_policy/steps/mean": sum(self._ages) / len(self._ages),
+            "off_policy/steps/max": float(max(self._ages)),
+            "perf/learner_tokens_per_s": sums["packed_tokens"] / seconds,
+        }
+
+
+def _mismatch(difference: Float64Array) -> dict[str, float]:
+    """Of log pi_learner - log pi_rollout; the KL is the k3 estimate under rollout samples, `e^d - d - 1`."""
+    size = np.abs(difference)
+    return {
+        "policy/mismatch/max": float(size.max()),
+        "policy/mismatch/mean": float(size.mean()),
+        "policy/mismatch/p999": float(np.quantile(size, 0.999, method="higher")),
+        "policy/mismatch_kl": float(np.mean(np.expm1(difference) - difference)),
+    }
