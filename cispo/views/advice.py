@@ -24,7 +24,7 @@ PATIENCE_STEPS = 3
 def not_finite(history: History) -> Findings:
     """NaN or infinity in any metric."""
     bad = {name: value for name, value in history[-1].items() if not math.isfinite(value)}
-    remedy = "look at the rollouts of this step with `cispo view`, then lower learner.lr"
+    remedy = "look at the rollouts of this step with `cispo view`, then lower learner.learning_rate"
     return {name: f"{name} is {value}: {remedy}" for name, value in bad.items()}
 
 
@@ -49,7 +49,7 @@ def grad_norm_spike(history: History) -> Findings:
     usual = median(values[:-1])
     if not values[-1] > 10 * usual > 0:
         return {}
-    remedy = "if it lasts, lower learner.lr; read this step's rollouts for something unusual"
+    remedy = "if it lasts, lower learner.learning_rate; read this step's rollouts for something unusual"
     return {"optim/grad_norm": f"optim/grad_norm is {values[-1]:.3g}, usually {usual:.3g}: {remedy}"}
 
 
@@ -61,7 +61,7 @@ def entropy_collapse(history: History) -> Findings:
     before, now = median(values[:5]), median(values[-3:])
     if not now < before / 4:
         return {}
-    remedy = "exploration is ending: lower learner.lr, allow a higher ratio_max, or mix in harder prompts"
+    remedy = "exploration is ending: lower learner.learning_rate, raise objective.ratio_max, or mix in harder prompts"
     return {"policy/entropy": f"policy/entropy fell from {before:.3g} to {now:.3g}: {remedy}"}
 
 
