@@ -1,0 +1,22 @@
+"""Opening a sandbox by the name of its backend. It fails closed: without isolation there is an error, not a plain process."""
+
+from typing import Any
+
+from cispo.sandboxes.bubblewrap import BubblewrapSandbox
+from cispo.sandboxes.settings import SandboxSettings
+from cispo.sandboxes.types import Sandbox
+from cispo.sandboxes.unsafe_local import UnsafeLocalSandbox
+
+
+def open_sandbox(backend: str = "auto", **settings: Any) -> Sandbox:
+    """Open a sandbox; close it, or use it in a `with` statement.
+
+    backend: `auto` (bubblewrap, the only isolating backend so far), `bubblewrap`, or `unsafe-local`.
+    settings: fields of SandboxSettings, of which `workers` is the number of programs that may run at a time.
+
+    Raises SandboxError when the backend cannot work here, saying what to install; ValueError for wrong settings.
+    """
+    checked = SandboxSettings.model_validate({"backend": backend, **settings})
+    if checked.backend == "unsafe-local":
+        return UnsafeLocalSandbox(checked.workers)
+    return BubblewrapSandbox(checked.workers)

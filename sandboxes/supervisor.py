@@ -1,0 +1,276 @@
+"""The owner's side of one slot: starts its warden, hands it programs, reads their output and decides when to stop them.
+
+Output is read while the program runs and never kept beyond its limit. Time is decided by CPU seconds; the clock counts
+only while the program was not waiting for a core, so that a busy machine turns no right program into a time-out.
+"""
+
+import contextlib
+import fcntl
+import json
+import marshal
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cispo.errors import SandboxError
+from cispo.sandboxes import warden
+from cispo.sandboxes.cgroups import Cgroup, open_cgroup
+from cispo.sandboxes.process_tree import TreeUsage, tree_usage
+from cispo.sandboxes.slots import take_slot
+from cispo.sandboxes.types import ExecStatus, Limits
+
+TICK_S = 0.05
+READ_BYTES = 1 << 16
+WARDEN_TIMEOUT_S = 30.0
+STARVED_WALL_FACTOR = 6
+# The warden itself, bubblewrap, and bubblewrap's first process inside.
+OVERHEAD_PIDS = 3
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program for a warden: what to execute, and the contents of its descriptors.
+
+    inputs: contents of the read-only descriptors from 4 on. Descriptor 0 is stdin, 1 and 2 are output, 3 is for reports.
+    """
+
+    argv: Sequence[str]
+    environment: dict[str, str]
+    folder: str
+    limits: Limits
+    rlimits: Sequence[tuple[int, tuple[int, int]]]
+    stdin: bytes = b""
+    inputs: Sequence[bytes] = ()
+
+
+@dataclass
+class Ended:
+    """What is left of a program. `stopped` says why the supervisor ended it, None when it ended by itself.
+
+    report: what was written to descriptor 3.
+    """
+
+    exit_code: int = 0
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    stopped: ExecStatus | None = None
+    was_out_of_memory: bool = False
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+    report: bytearray = field(default_factory=bytearray)
+
+
+class Supervisor:
+    """One slot: a user id, control groups and a warden. Used by one thread at a time; broken after a SandboxError."""
+
+    def __init__(self, index: int) -> None:
+        self.slot = take_slot(index)
+        self.cgroup: Cgroup | None = None
+        self._warden: subprocess.Popen[bytes] | None = None
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self.cgroup = open_cgroup(self.slot.name)
+                self._start_warden(theirs)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_warden(self, theirs: socket.socket) -> None:
+        command = [sys.executable, "-I", "-S", "-B", str(Path(warden.__file__).resolve()), str(theirs.fileno())]
+        quiet = subprocess.DEVNULL
+        self._warden = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env={}, cwd="/", stdin=quiet, stdout=quiet, stderr=quiet,
+            start_new_session=True,
+        )  # fmt: skip
+        groups = self.cgroup
+        join = [str(folder / "cgroup.procs") for folder in groups.folders] if groups else []
+        leave = [str(home) for home in groups.homes] if groups else []
+        self._control.settimeout(WARDEN_TIMEOUT_S)
+        self._send(marshal.dumps((self.slot.uid, join, leave)))
+        self._reply("ready")
+
+    def run(self, job: Job) -> Ended:
+        """Raises SandboxError when the program could not be started or ended; the slot must then be closed."""
+        watch = Watch(job.limits, self.cgroup, self._warden_pid())
+        ended = Ended()
+        with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+            theirs = [_sealed_memory(stack, job.stdin)]
+            for target in (ended.stdout, ended.stderr, ended.report):
+                read_fd, write_fd = os.pipe()
+                stack.callback(os.close, read_fd)
+                theirs.append(write_fd)
+                selector.register(read_fd, selectors.EVENT_READ, target)
+            theirs += [_sealed_memory(stack, content) for content in job.inputs]
+            try:
+                request = marshal.dumps((list(job.argv), job.environment, job.folder, list(job.rlimits)))
+                self._send(request, theirs)
+            finally:
+                for write_fd in theirs[1:4]:
+                    os.close(write_fd)
+            selector.register(self._control, selectors.EVENT_READ)
+            self._collect(selector, watch, ended)
+            self._drain(selector, ended, job.limits)
+        ended.wall_s = watch.elapsed_s()
+        ended.cpu_s = max(ended.cpu_s, watch.cpu_s() or 0.0)  # the kernel loses the time of what it kills unreaped
+        ended.was_out_of_memory = watch.was_out_of_memory()
+        return ended
+
+    def _collect(self, selector: selectors.BaseSelector, watch: "Watch", ended: Ended) -> None:
+        """Read output and keep watch until the warden says that the program and all it started are gone."""
+        stop_deadline = float("inf")
+        next_look = time.monotonic() + TICK_S
+        while True:
+            events = selector.select(max(0.0, min(next_look, stop_deadline) - time.monotonic()))
+            reason: ExecStatus | None = None
+            for key, _ in events:
+                if key.fileobj is self._control:
+                    selector.unregister(self._control)
+                    ended.exit_code, ended.cpu_s = self._reply("ended")
+                    return
+                if not _read_some(selector, key, watch.limits):
+                    reason = ExecStatus.OUTPUT_LIMIT
+            now = time.monotonic()
+            if now >= next_look and ended.stopped is None:
+                reason = reason or watch.look()
+                next_look = now + TICK_S
+            if reason is not None and ended.stopped is None:
+                ended.stopped = reason
+                self._send(marshal.dumps("end"))
+                stop_deadline, next_look = now + WARDEN_TIMEOUT_S, float("inf")
+            if now >= stop_deadline:
+                raise SandboxError(f"a program was not gone {WARDEN_TIMEOUT_S:g} s after it was killed; see `dmesg`")
+
+    def _drain(self, selector: selectors.BaseSelector, ended: Ended, limits: Limits) -> None:
+        """Read what is left in the pipes; nobody holds their other ends any more."""
+        while selector.get_map():
+            for key, _ in selector.select():
+                if not _read_some(selector, key, limits):
+                    ended.stopped = ended.stopped or ExecStatus.OUTPUT_LIMIT
+                    selector.unregister(key.fileobj)
+
+    def _send(self, packet: bytes, fds: Sequence[int] = ()) -> None:
+        if len(packet) > warden.MAX_PACKET_BYTES or len(fds) > warden.MAX_FDS:
+            raise ValueError(f"a program's arguments and environment are {len(packet)} bytes with {len(fds)} files; "
+                             f"at most {warden.MAX_PACKET_BYTES} and {warden.MAX_FDS} fit, so send data by stdin")  # fmt: skip
+        try:
+            socket.send_fds(self._control, [packet], fds)
+        except OSError as error:
+            raise SandboxError(f"the warden of sandbox slot {self.slot.name} is gone ({error})") from error
+
+    def _reply(self, wanted: str) -> Any:
+        try:
+            packet = self._control.recv(warden.MAX_PACKET_BYTES)
+        except OSError as error:
+            raise SandboxError(f"the warden of sandbox slot {self.slot.name} does not answer ({error})") from error
+        if not packet:
+            raise SandboxError(f"the warden of sandbox slot {self.slot.name} died")
+        kind, value = marshal.loads(packet)
+        if kind != wanted:
+            raise SandboxError(f"the sandbox could not start a program: {value}")
+        return value
+
+    def _warden_pid(self) -> int:
+        assert self._warden is not None, "the constructor starts the warden"
+        return self._warden.pid
+
+    def close(self) -> None:
+        """End the warden (and with it whatever runs), remove the groups and give the user id back."""
+        self._control.close()
+        if self._warden is not None:
+            try:
+                self._warden.wait(WARDEN_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._warden.kill()
+                self._warden.wait()
+        if self.cgroup is not None:
+            self.cgroup.remove()
+        self.slot.release()
+
+
+class Watch:
+    """Decides, every TICK_S, whether a program has used up its limits."""
+
+    def __init__(self, limits: Limits, cgroup: Cgroup | None, warden_pid: int) -> None:
+        self.limits = limits
+        self._cgroup = cgroup
+        self._warden_pid = warden_pid
+        self._cpu_s_before: float | None = None
+        self._oom_kills_before = 0
+        if cgroup is not None:
+            cgroup.set_limits(limits.memory_mib, limits.pids + OVERHEAD_PIDS)
+            self._cpu_s_before = cgroup.cpu_s()
+            self._oom_kills_before = cgroup.oom_kills()
+        self._start = time.monotonic()
+
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._start
+
+    def was_out_of_memory(self) -> bool:
+        return self._cgroup is not None and self._cgroup.oom_kills() > self._oom_kills_before
+
+    def look(self) -> ExecStatus | None:
+        """The limit that is exceeded, None when there is none; SandboxError when the machine gives the program no time."""
+        elapsed_s = self.elapsed_s()
+        is_late = elapsed_s >= self.limits.wall_s
+        counts_memory = self._cgroup is not None and self._cgroup.memory is not None
+        cpu_s = self.cpu_s()
+        usage = TreeUsage()
+        if is_late or cpu_s is None or not counts_memory:
+            usage = tree_usage(self._warden_pid)
+        if (usage.cpu_s if cpu_s is None else cpu_s) > self.limits.cpu_s:
+            return ExecStatus.TIMEOUT
+        if not counts_memory and usage.resident_bytes > self.limits.memory_mib << 20:
+            return ExecStatus.MEMORY_LIMIT
+        if is_late and elapsed_s - usage.starved_s >= self.limits.wall_s:
+            return ExecStatus.TIMEOUT
+        if elapsed_s >= STARVED_WALL_FACTOR * self.limits.wall_s:
+            raise SandboxError(
+                f"a program waited {usage.starved_s:.1f} of {elapsed_s:.1f} s for a core; lower sandbox.workers or raise sandbox.wall_s"
+            )
+        return None
+
+    def cpu_s(self) -> float | None:
+        """CPU seconds so far by the control group, None without one."""
+        used = self._cgroup.cpu_s() if self._cgroup is not None else None
+        return None if used is None or self._cpu_s_before is None else used - self._cpu_s_before
+
+
+def _read_some(selector: selectors.BaseSelector, key: selectors.SelectorKey, limits: Limits) -> bool:
+    """Move what is ready into the stream's buffer; False when that would exceed the limit, which is kept exactly."""
+    buffer: bytearray = key.data
+    data = os.read(key.fd, READ_BYTES)
+    if not data:
+        selector.unregister(key.fileobj)
+        return True
+    room = (limits.output_kib << 10) - len(buffer)
+    buffer += data[:room]
+    return len(data) <= room
+
+
+def _sealed_memory(stack: contextlib.ExitStack, content: bytes) -> int:
+    """A descriptor that reads as `content` and cannot be changed by who gets it."""
+    fd = os.memfd_create("sandbox-input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    stack.callback(os.close, fd)
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view) :]
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def read_reports(report: bytes) -> dict[str, Any]:
+    """Merge the JSON documents, one a line, that bubblewrap writes as its status."""
+    merged: dict[str, Any] = {}
+    for line in report.splitlines():
+        merged.update(json.loads(line))
+    return merged

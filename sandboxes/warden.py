@@ -1,0 +1,262 @@
+"""The warden: one small process per sandbox slot that starts, ends and reaps the slot's programs, one at a time.
+
+It runs as a script of the standard library alone (`python -I -S warden.py FD`), talking to the process that opened the
+sandbox over the socket FD. It exists for three reasons:
+
+- it sits in the slot's control groups, so programs are born inside their limits. Moving a process in costs 5 to 20 ms
+  for every program (the kernel waits for a grace period); being forked inside costs nothing;
+- it is a subreaper: whatever a program or a killed bubblewrap leaves behind becomes its child, and is killed and reaped
+  before it reports the end. `--die-with-parent` alone leaves orphans when the parent dies within its first milliseconds;
+- it outlives nobody: when its socket closes, however its owner died, it kills what runs, leaves the groups and exits.
+
+Messages are marshalled tuples, one a packet; file descriptors travel beside the request. The warden never reads
+anything a program wrote.
+"""
+
+import array
+import contextlib
+import ctypes
+import fcntl
+import marshal
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+from typing import Any, NoReturn
+
+MAX_PACKET_BYTES = 1 << 17
+MAX_FDS = 64
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
+FIRST_SPARE_FD = 128
+
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+
+def prctl(option: int, value: int) -> None:
+    if _prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+
+
+def main(control_fd: int) -> None:
+    control = socket.socket(fileno=control_fd)
+    uid, join_files, leave_files = marshal.loads(control.recv(MAX_PACKET_BYTES))
+    try:
+        prepare(uid, join_files)
+    except OSError as error:
+        control.send(marshal.dumps(("failed", str(error))))
+        return
+    control.send(marshal.dumps(("ready", "")))
+    try:
+        serve(control, uid)
+    finally:
+        end_children()
+        for path in leave_files:
+            with contextlib.suppress(OSError):  # the group it came from may be gone; the owner's rmdir tells
+                write_file(path, b"0")
+
+
+def prepare(uid: int | None, join_files: list[str]) -> None:
+    """Become the slot's subreaper, end what an earlier owner of the slot left, and enter the control groups."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    if uid is not None:
+        end_processes_of(uid)
+    for path in join_files:
+        write_file(path, b"0")
+
+
+def serve(control: socket.socket, uid: int | None) -> None:
+    while True:
+        packet, fds = receive(control)
+        if not packet:
+            return
+        request: Any = marshal.loads(packet)
+        if request == "end":  # arrived after its program had ended
+            continue
+        try:
+            reply, owner_is_gone = run_program(control, uid, request, fds)
+        except OSError as error:
+            end_children()
+            reply, owner_is_gone = ("failed", f"{type(error).__name__}: {error}"), False
+        if owner_is_gone:
+            return
+        control.send(marshal.dumps(reply))
+
+
+def receive(control: socket.socket) -> tuple[bytes, list[int]]:
+    """socket.recv_fds ignores its flags, and without this one the descriptors would reach every program."""
+    space = socket.CMSG_LEN(MAX_FDS * array.array("i").itemsize)
+    packet, messages, _, _ = control.recvmsg(MAX_PACKET_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for _, _, data in messages:
+        fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return packet, list(fds)
+
+
+def run_program(
+    control: socket.socket, uid: int | None, request: Any, fds: list[int]
+) -> tuple[tuple[str, Any], bool]:
+    """Run one program to its end. Returns the reply, and whether the owner has closed the socket."""
+    cpu_s_before = cpu_s_of_children()
+    failure_read, failure_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        become_program(uid, request, fds, failure_write)
+    os.close(failure_write)
+    for fd in fds:
+        os.close(fd)
+    with os.fdopen(failure_read, "rb") as failures:
+        failure = failures.read()
+    if failure:
+        os.waitpid(pid, 0)
+        return ("failed", failure.decode(errors="replace")), False
+    owner_is_gone = wait_for_end(control, pid)
+    _, wait_status = os.waitpid(pid, 0)
+    end_children()
+    cpu_s = cpu_s_of_children() - cpu_s_before
+    return ("ended", (os.waitstatus_to_exitcode(wait_status), cpu_s)), owner_is_gone
+
+
+def cpu_s_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def become_program(uid: int | None, request: Any, fds: list[int], failure_fd: int) -> NoReturn:
+    """In the forked child: take the descriptors, limits and user id of the program, then execute it."""
+    try:
+        argv, environment, folder, limits = request
+        os.setsid()
+        os.umask(0o022)
+        failure_fd = fcntl.fcntl(failure_fd, fcntl.F_DUPFD_CLOEXEC, FIRST_SPARE_FD)
+        take_descriptors(fds)
+        os.chdir(folder)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        for kind, value in limits:
+            resource.setrlimit(kind, value)
+        write_file("/proc/self/oom_score_adj", b"1000")
+        if uid is not None:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.execve(argv[0], argv, environment)
+    except BaseException as error:
+        os.write(failure_fd, f"{type(error).__name__}: {error}".encode())
+    os._exit(127)
+
+
+def take_descriptors(fds: list[int]) -> None:
+    """Number the descriptors 0, 1, 2, ...; everything else here is closed by execve."""
+    spares = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_SPARE_FD) for fd in fds]
+    os.closerange(len(spares), FIRST_SPARE_FD)
+    for number, fd in enumerate(spares):
+        os.dup2(fd, number, inheritable=True)
+
+
+def wait_for_end(control: socket.socket, pid: int) -> bool:
+    """Wait until the program ends, or kill it when told so. Returns whether the owner has closed the socket."""
+    poll = select.poll()
+    pidfd = os.pidfd_open(pid)
+    try:
+        poll.register(pidfd, select.POLLIN)
+        poll.register(control, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if pidfd in ready:
+                return False
+            packet = control.recv(MAX_PACKET_BYTES)
+            end_children(keep_zombie=pid)
+            if not packet:
+                return True
+            poll.unregister(control)
+    finally:
+        os.close(pidfd)
+
+
+def end_children(keep_zombie: int | None = None) -> None:
+    """Kill and reap children, and theirs as they become ours, until there are none but the zombie `keep_zombie`."""
+    while True:
+        children = [pid for pid in children_of(os.getpid())] if has_children() else []
+        others = [pid for pid in children if pid != keep_zombie]
+        if not others and (keep_zombie is None or is_dead(keep_zombie)):
+            return
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+        for pid in others:
+            os.waitpid(pid, 0)
+        if keep_zombie is not None:
+            os.waitid(os.P_PID, keep_zombie, os.WEXITED | os.WNOWAIT)
+
+
+def has_children() -> bool:
+    """A look that costs one system call, so that a program's ordinary end needs no walk over /proc."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def children_of(parent: int) -> list[int]:
+    return [pid for pid in all_pids() if parent_of(pid) == parent]
+
+
+def all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def parent_of(pid: int) -> int | None:
+    fields = stat_fields(pid)
+    return int(fields[1]) if fields else None
+
+
+def is_dead(pid: int) -> bool:
+    fields = stat_fields(pid)
+    return not fields or fields[0] in (b"Z", b"X")
+
+
+def stat_fields(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat from the state on; empty when the process is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def end_processes_of(uid: int) -> None:
+    """Kill what runs under the slot's own user id: it can only be left from a warden that was itself killed."""
+    while True:
+        found = [pid for pid in all_pids() if owner_of(pid) == uid and not is_dead(pid)]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        select.poll().poll(1)
+
+
+def owner_of(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:  # the folder's own owner is root for some processes
+            return next(int(line.split()[1]) for line in file if line.startswith(b"Uid:"))
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def write_file(path: str, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
