@@ -1,6 +1,7 @@
 import math
 from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,3 +93,14 @@ def test_an_evaluation_whose_rewards_all_failed_says_only_that() -> None:
     with pytest.raises(ValueError, match="no completions"):
         evaluation_metrics("heldout", [])
     assert "eval/x/correct_given_form" not in evaluation_metrics("x", [outcome("MM")])
+
+
+def test_the_interval_holds_the_truth_about_19_times_in_20() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        chance_of_prompt = rng.beta(0.5, 1.0, size=50)
+        right = rng.random((50, 4)) < chance_of_prompt[:, None]
+        estimate = pass_at_1(right.tolist())
+        held += estimate.low <= 1 / 3 <= estimate.high
+    assert 0.92 <= held / 400 <= 0.99
