@@ -1,0 +1,233 @@
+"""The command line: `cispo train|sft|eval|recipes|version`.
+
+Commands import what they need when they run, so that help is instant.
+"""
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import cispo
+from cispo.errors import CispoError
+
+if TYPE_CHECKING:
+    pass
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+EXAMPLES = """\
+examples:
+  cispo recipes                                     what comes with the package
+  cispo train code --dry-run                        every setting, where it comes from, and the plan
+  cispo train code --name first learner.learning_rate=1e-4
+  cispo train code --name first --resume            go on where it stopped
+  cispo eval code --policy runs/first/checkpoints/step_000010
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options, extra = _parser().parse_known_args(given)
+    unknown = [argument for argument in extra if argument.startswith("-") or "words" not in options]
+    if unknown:
+        _parser().error(f"unrecognised arguments: {' '.join(unknown)}")
+    command: Callable[[argparse.Namespace], int] = options.command
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        if "words" in options:
+            # argparse takes only the words before the first option; those after it are left over.
+            _split_words(options, [*options.words, *extra])
+        return command(options)
+    except CispoError as error:
+        _print_error(error)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print(f"interrupted{_resume_hint(options, given)}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a policy by a recipe, in a run folder."""
+    from cispo.recipe.load import load_train
+    from cispo.recipe.show import annotated_yaml, train_plan
+
+    loaded = load_train(options.recipe, _overrides(options))
+    if options.dry_run:
+        print(f"{annotated_yaml(loaded)}\n\n{train_plan(loaded.recipe)}")
+        return 0
+    from cispo.run_folder import RunFolder
+
+    path = options.run_dir or Path("runs") / loaded.recipe.name
+    use = RunFolder.open_for_resume if options.resume else RunFolder.create
+    folder: RunFolder = use(path, loaded.recipe)
+    try:
+        from cispo.loop import run_training
+
+        print(f"run folder: {folder.path}")
+        print(train_plan(loaded.recipe), flush=True)
+        run_training(loaded.recipe, folder, resume=options.resume)
+    finally:
+        folder.close()
+    return 0
+
+
+def sft(options: argparse.Namespace) -> int:
+    """Train a policy on prompts with their completions."""
+    from cispo.recipe.load import load_sft
+    from cispo.recipe.show import annotated_yaml, sft_plan
+
+    loaded = load_sft(options.recipe, _overrides(options))
+    if options.dry_run:
+        print(f"{annotated_yaml(loaded)}\n\n{sft_plan(loaded.recipe)}")
+        return 0
+    from cispo.sft import run_sft
+
+    run_sft(loaded.recipe, resume=options.resume)
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure a policy on a recipe's evaluation prompts."""
+    from cispo.recipe.load import load_evaluation
+    from cispo.recipe.show import annotated_yaml
+
+    overrides = list(options.overrides)
+    if options.policy:
+        local = Path(options.policy)
+        overrides.append(f"policy.path={local.resolve() if local.exists() else options.policy}")
+    loaded = load_evaluation(options.recipe, overrides)
+    if options.dry_run:
+        print(annotated_yaml(loaded))
+        return 0
+    from cispo.loop import run_evaluation
+
+    run_evaluation(loaded.recipe)
+    return 0
+
+
+def recipes(options: argparse.Namespace) -> int:
+    """List the packaged recipes, or print one of them."""
+    from cispo.resources import find_recipe, packaged_recipes
+
+    if options.name:
+        sys.stdout.write(find_recipe(options.name).read_text(encoding="utf-8"))
+        return 0
+    packaged = packaged_recipes()
+    width = max(len(name) for name in packaged)
+    for name, path in packaged.items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        print(f"{name:<{width}}  {first.lstrip('# ')}")
+    print("\ncopy one to change it: cispo recipes code > mine.yaml, then cispo train mine.yaml")
+    return 0
+
+
+def version(_: argparse.Namespace) -> int:
+    """Print the version."""
+    print(cispo.__version__)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cispo",
+        description="Reinforcement-learning fine-tuning of mixture-of-experts policies with CISPO.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+
+    command = _add(commands, "train", train, "train a policy by a recipe")
+    _add_recipe(command)
+    command.add_argument("--name", help="name of the run, in place of the recipe's; its folder is runs/NAME")
+    command.add_argument("--run-dir", type=Path, metavar="PATH", help="run folder, in place of runs/NAME")
+    _add_resume(command, "go on with the run of this name from its newest checkpoint")
+
+    command = _add(commands, "sft", sft, "train a policy on prompts with their completions")
+    _add_recipe(command)
+    command.add_argument("--name", help="name of the run, in place of the recipe's")
+    _add_resume(command, "go on from the newest checkpoint")
+
+    command = _add(commands, "eval", evaluate, "measure a policy: pass@1 with its 95%% interval")
+    _add_recipe(command, default="code")
+    command.add_argument("--policy", metavar="PATH", help="policy folder to measure, in place of the recipe's")
+
+    command = _add(commands, "recipes", recipes, "list the packaged recipes, or print one")
+    command.add_argument("name", nargs="?", help="packaged recipe to print")
+
+    _add(commands, "version", version, "print the version")
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text.capitalize())
+    command.set_defaults(command=run)
+    return command
+
+
+def _add_recipe(command: argparse.ArgumentParser, default: str | None = None) -> None:
+    text = "recipe file, or the name of a packaged recipe"
+    recipe = "RECIPE" if default is None else "[RECIPE]"
+    command.usage = f"{command.prog} {recipe} [key=value ...] [options]"
+    text += f" (default: {default})" if default else ""
+    command.add_argument("words", nargs="*", metavar="RECIPE", help=text)
+    command.add_argument_group("key=value", "settings in place of the recipe's, such as learner.learning_rate=1e-5")
+    command.set_defaults(default_recipe=default)
+    command.add_argument("--dry-run", action="store_true", help="print every setting with its origin, then stop")
+
+
+def _add_resume(command: argparse.ArgumentParser, text: str) -> None:
+    command.add_argument("--resume", action="store_true", help=text)
+
+
+def _split_words(options: argparse.Namespace, words: list[str]) -> None:
+    """Tell the recipe from the overrides: the latter have an equals sign."""
+    options.overrides = [word for word in words if "=" in word]
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise RecipeError(
+            f"command line: expected key=value, got '{names[1]}'; for instance learner.learning_rate=1e-5"
+        )
+    options.recipe = names[0] if names else options.default_recipe
+    if options.recipe is None:
+        raise RecipeError("command line: no recipe is named; `cispo recipes` lists those that come with the package")
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    return [*options.overrides, *([f"name={options.name}"] if options.name else [])]
+
+
+def _print_error(error: CispoError) -> None:
+    # An error that crossed a process border comes wrapped, with the traceback as its text; the cause is what it says.
+    cause = getattr(error, "cause", None)
+    for line in str(cause if isinstance(cause, CispoError) else error).splitlines():
+        print(line, file=sys.stderr)
+
+
+def _resume_hint(options: argparse.Namespace, given: Sequence[str]) -> str:
+    if options.command not in (train, sft) or options.dry_run:
+        return ""
+    arguments = [argument for argument in given if argument != "--resume"]
+    return f"; continue with: cispo {shlex.join([*arguments, '--resume'])}"
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End on SIGTERM as on Ctrl-C, so that actors are stopped and nothing is left behind."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

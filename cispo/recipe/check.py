@@ -1,0 +1,116 @@
+"""What a recipe names must be there before any actor starts: policy folder, data, rewards."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from cispo.data import DataSettings, check_data
+from cispo.errors import CispoError
+from cispo.model.config import ModelConfig
+from cispo.recipe.document import SettingPath
+from cispo.recipe.schema import TrainRecipe
+from cispo.recipe.sft_schema import SftRecipe
+from cispo.resources import BUNDLED, resolve_policy
+from cispo.rewards.resolve import resolve_reward
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+FileMistake = tuple[SettingPath, str]
+
+
+def train_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
+    """What `cispo train` would miss, each with the setting that names it."""
+    found = policy_mistakes(recipe.policy.path, recipe.base_path)
+    found += _data_mistakes(("data",), recipe.data, recipe.base_path)
+    if recipe.evaluation is not None:
+        found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path)
+    return found + _reward_mistakes(recipe)
+
+
+def evaluation_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
+    """What `cispo eval` would miss."""
+    found = policy_mistakes(recipe.policy.path, recipe.base_path)
+    if recipe.evaluation is None:
+        found.append((("evaluation",), "is null; name the prompts to measure on in evaluation.data.path"))
+    else:
+        found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path)
+    return found + _reward_mistakes(recipe)
+
+
+def sft_mistakes(recipe: SftRecipe) -> list[FileMistake]:
+    """What `cispo sft` would miss."""
+    needs_weights = recipe.policy.init == "pretrained"
+    found = policy_mistakes(recipe.policy.path, recipe.base_path, needs_weights=needs_weights)
+    found += _data_mistakes(("data",), recipe.data, recipe.base_path)
+    if recipe.evaluation is not None:
+        found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path)
+    return found
+
+
+def policy_mistakes(path: str, base_path: Path, *, needs_weights: bool = True) -> list[FileMistake]:
+    """What a policy folder lacks; its weights are looked for, not read."""
+    folder = resolve_policy(path, base_path=base_path)
+    here: SettingPath = ("policy", "path")
+    if not folder.is_dir():
+        return [(here, _no_folder(path, folder))]
+    found: list[FileMistake] = []
+    if not (folder / "config.json").is_file():
+        found.append((here, f"{folder} has no config.json; name a policy folder in Hugging Face layout"))
+    else:
+        found += [(here, text) for text in _messages(partial(_read_config, folder / "config.json"))]
+    if not (folder / "tokenizer.json").is_file():
+        found.append((here, f"{folder} has no tokenizer.json; copy the policy's tokenizer there"))
+    missing = missing_weights(folder) if needs_weights else []
+    if missing:
+        remedy = "copy the weights there, or make them with `cispo sft`"
+        found.append((here, f"{folder} has no weights ({', '.join(missing[:3])} missing); {remedy}"))
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a policy folder, one or those that its index names; they need not exist."""
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return [folder / WEIGHTS]
+    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+
+
+def missing_weights(folder: Path) -> list[str]:
+    return [file.name for file in weight_files(folder) if not file.is_file()]
+
+
+def _no_folder(path: str, folder: Path) -> str:
+    if path.startswith(BUNDLED):
+        names = ", ".join(f"{BUNDLED}{entry.name}" for entry in sorted(folder.parent.glob("*"))) or "none"
+        return f"no policy of that name comes with the package; there is {names}"
+    return f"there is no folder {folder}; name a policy folder in Hugging Face layout, or {BUNDLED}tiny"
+
+
+def _read_config(file: Path) -> None:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CispoError(f"{file} is not valid JSON ({error}); restore it from its source") from error
+    ModelConfig.from_hf_config(config)
+
+
+def _data_mistakes(path: SettingPath, data: DataSettings, base_path: Path) -> list[FileMistake]:
+    return [((*path, "path"), text) for text in _messages(partial(check_data, data, base_path=base_path))]
+
+
+def _reward_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
+    found: list[FileMistake] = []
+    for index, reward in enumerate(recipe.rewards):
+        texts = _messages(partial(resolve_reward, reward.name, base_path=recipe.base_path))
+        found += [(("rewards", index, "name"), text) for text in texts]
+    return found
+
+
+def _messages(action: Callable[[], object]) -> list[str]:
+    """The lines of the CispoError that an action raises, or nothing."""
+    try:
+        action()
+    except CispoError as error:
+        return str(error).splitlines()
+    return []

@@ -1,0 +1,179 @@
+"""Every setting of `cispo train` and `cispo eval`, with its unit, range and default; loads neither torch nor ray.
+
+Sections that belong to one room are declared beside it and only put together here.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cispo.advantage import AdvantageSettings
+from cispo.data import DataSettings
+from cispo.learner_settings import LearnerSettings
+from cispo.objective_settings import CispoSettings, ObjectiveSettings
+from cispo.rewards.settings import RewardSettings
+from cispo.sandboxes.settings import SandboxSettings
+
+RunName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and without settings that nobody declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PolicySettings(Section):
+    """The policy that a run starts from."""
+
+    path: str = Field(min_length=1)
+    """Policy folder in Hugging Face layout, or `bundled:tiny` for the one that comes with the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the compute weights; master weights, reductions and logits are float32 in either case."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is a device, else the CPU."""
+
+
+class RolloutSettings(Section):
+    """How completions are sampled for training."""
+
+    prompts_per_step: int = Field(ge=1)
+    """Prompts of one generation batch."""
+    group_size: int = Field(default=8, ge=1)
+    """Completions sampled for each prompt, at least 2: advantages compare them with each other."""
+    max_completion_tokens: int = Field(ge=1)
+    """Tokens after which a completion is cut off."""
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Divides the logits, while sampling and in the learner's logprobs alike."""
+    top_p: float = 1.0
+    """Nucleus; training samples from the whole distribution, so only 1 is accepted."""
+    top_k: int = 0
+    """Most likely tokens kept; only 0 (all) is accepted."""
+    min_p: float = 0.0
+    """Least probability relative to the likeliest token; only 0 is accepted."""
+    workers: int = Field(default=1, ge=1)
+    """Rollout actors; each holds a copy of the policy and samples its share of a step's groups."""
+    max_concurrent_completions: int = Field(default=256, ge=1)
+    """Completions that one rollout actor decodes at a time; it bounds memory and changes no result."""
+    max_off_policy_steps: int = Field(default=0, ge=0)
+    """Training steps that sampling may run ahead of the learner; this version has 0, which is synchronous."""
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds to wait for a step's completions before the run ends with an error."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_has_siblings(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(
+                f"must be at least 2, got {value}: an advantage is a difference from the group's mean, "
+                "which is always 0 for a single completion"
+            )
+        return value
+
+    @field_validator("top_p", "top_k", "min_p")
+    @classmethod
+    def _samples_whole_distribution(cls, value: float, info: object) -> float:
+        name = getattr(info, "field_name", "")
+        neutral = 1 if name == "top_p" else 0
+        if value != neutral:
+            raise ValueError(
+                f"must be {neutral} in training, got {value:g}: sampling from a cut distribution makes every "
+                "importance ratio wrong, since the learner's logprobs are those of the whole one; use temperature"
+            )
+        return value
+
+    @field_validator("max_off_policy_steps")
+    @classmethod
+    def _is_synchronous(cls, value: int) -> int:
+        if value > 0:
+            raise ValueError(
+                f"must be 0, got {value}: sampling ahead of the learner is not there in this version; "
+                "with 0 each step samples from the newest weights"
+            )
+        return value
+
+
+class EvaluationSettings(Section):
+    """How the policy is measured: the share of completions that get the full reward, with a 95% interval."""
+
+    data: DataSettings
+    """Prompts that are measured on; keep them apart from those trained on."""
+    every_steps: int = Field(default=0, ge=0)
+    """Steps between two evaluations; 0 evaluates before the first step and after the last one only."""
+    completions_per_prompt: int = Field(default=1, ge=1)
+    """Completions sampled for each prompt."""
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Divides the logits while sampling."""
+
+
+class CheckpointSettings(Section):
+    """When the run is saved so that it can be resumed."""
+
+    every_steps: int = Field(default=1, ge=1)
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept; 2 leaves one to go back to if the newest is damaged."""
+
+
+class LoggingSettings(Section):
+    """What a person sees of a run; `metrics.jsonl` in the run folder is written in any case."""
+
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases: `offline` needs no account and writes into the run folder."""
+    wandb_project: str = Field(default="cispo", min_length=1)
+    """Project that the run appears under."""
+    console: Literal["auto", "live", "lines"] = "auto"
+    """`live` is a panel for a terminal, `lines` prints one line a step, `auto` looks where the output goes."""
+
+
+class RaySettings(Section):
+    """The Ray cluster that the actors run on."""
+
+    address: str | None = None
+    """Address of a running cluster (`auto` finds one on this machine); null starts a local one and stops it again."""
+    dashboard: bool = True
+    """Serve the dashboard of a local cluster on this machine."""
+    start_timeout_s: float = Field(default=180.0, gt=0)
+    """Seconds to wait for Ray and all actors to be ready."""
+    call_timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds to wait for one call of an actor, such as a training step or a broadcast."""
+
+
+class TrainRecipe(Section):
+    """A whole reinforcement-learning run."""
+
+    name: RunName
+    """Name of the run and of its folder under `runs/`: letters, digits, dot, dash and underscore."""
+    seed: Seed = 0
+    """Seed of everything that is random in a run."""
+    steps: int = Field(ge=1)
+    """Training steps: sample, score, train, broadcast."""
+    policy: PolicySettings
+    data: DataSettings
+    """Prompts that are trained on."""
+    rollout: RolloutSettings
+    rewards: tuple[RewardSettings, ...] = Field(min_length=1)
+    """Rewards whose weighted sum is the score of a completion."""
+    sandbox: SandboxSettings = SandboxSettings()
+    advantage: AdvantageSettings = AdvantageSettings()
+    objective: ObjectiveSettings = CispoSettings()
+    learner: LearnerSettings
+    evaluation: EvaluationSettings | None = None
+    """Null measures nothing."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    logging: LoggingSettings = LoggingSettings()
+    ray: RaySettings = RaySettings()
+    base_path: Path = Path(".")
+    """Folder that relative paths in the recipe start from, before the working one; the recipe's own if not set."""
+
+    @model_validator(mode="after")
+    def _updates_have_prompts(self) -> "TrainRecipe":
+        if self.learner.updates_per_step > self.rollout.prompts_per_step:
+            raise ValueError(
+                f"learner.updates_per_step is {self.learner.updates_per_step} with rollout.prompts_per_step "
+                f"{self.rollout.prompts_per_step}: a step's groups are split among its updates and each needs one; "
+                "lower the former or raise the latter"
+            )
+        return self
