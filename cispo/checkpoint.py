@@ -1,0 +1,196 @@
+"""Checkpoints of a run: written whole or not at all, verified before they are used.
+
+    step_000040/
+        manifest.json           SHA-256 and size of every other file, written last
+        policy/                 config.json, model.safetensors, tokenizer: a policy folder in Hugging Face layout
+        learner.safetensors     masters, moments, counters
+        loop.json               whatever else the loop needs to go on
+
+A checkpoint is written into a hidden folder beside its place, made durable, and renamed. A kill at any moment leaves
+the checkpoints that were there and perhaps a hidden folder, which the next save removes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cispo.errors import CheckpointError
+
+MANIFEST, POLICY, LEARNER, LOOP = "manifest.json", "policy", "learner.safetensors", "loop.json"
+FORMAT = 1
+_STEP_NAME = re.compile(r"step_(\d+)")
+_HIDDEN_NAME = re.compile(r"\.step_\d+\.(writing|removing)")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    path: Path
+    step: int
+    loop_state: Mapping[str, Any]
+
+    @property
+    def policy_path(self) -> Path:
+        """The policy folder, for `load_policy` and `Tokenizer.load`."""
+        return self.path / POLICY
+
+    def learner_state(self) -> dict[str, Tensor]:
+        """What was given to `save_checkpoint`, on the CPU."""
+        return load_file(self.path / LEARNER)
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    write_policy: Callable[[Path], None],
+    learner_state: Mapping[str, Tensor],
+    loop_state: Mapping[str, Any],
+) -> None:
+    """Write the checkpoint `path`, whose name is `step_` and a number; one that is there already is replaced.
+
+    write_policy fills an empty folder with a policy and its tokenizer. loop_state must be JSON. Hidden folders that a
+    killed write left beside it are removed.
+    """
+    _step_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    draft = path.with_name(f".{path.name}.writing")
+    (draft / POLICY).mkdir(parents=True)
+    write_policy(draft / POLICY)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in learner_state.items()}, draft / LEARNER)
+    (draft / LOOP).write_text(json.dumps(loop_state, allow_nan=False) + "\n", encoding="utf-8")
+    files = {name: _fingerprint(draft / name) for name in _file_names(draft)}
+    manifest = {"format": FORMAT, "step": _step_of(path), "files": files}
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for name in (*files, MANIFEST, POLICY, "."):
+        _sync(draft / name)
+    if path.exists():
+        _remove(path)
+    draft.rename(path)
+    _sync(path.parent)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Verify a checkpoint, every byte of it.
+
+    Raises CheckpointError that names what is damaged and the newest good checkpoint before it, if there is one.
+    """
+    damage = _damage(path)
+    if damage:
+        good = newest_good_checkpoint(path.parent, before=_step_of(path))
+        if good:
+            advice = f"the newest good one before it is {good.name}: remove {path} to resume from there"
+        else:
+            advice = "there is no good one before it: start the run again under another name"
+        raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {advice}")
+    loop_state = json.loads((path / LOOP).read_text(encoding="utf-8"))
+    return Checkpoint(path=path, step=_step_of(path), loop_state=loop_state)
+
+
+def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a folder, verified as by `load_checkpoint`; None where there is none."""
+    paths = list_checkpoints(folder)
+    return load_checkpoint(paths[-1]) if paths else None
+
+
+def newest_good_checkpoint(folder: Path, *, before: int) -> Path | None:
+    """The newest checkpoint of an earlier step that passes verification."""
+    earlier = [path for path in list_checkpoints(folder) if _step_of(path) < before]
+    return next((path for path in reversed(earlier) if not _damage(path)), None)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a folder by step, verified or not."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _STEP_NAME.fullmatch(path.name)), key=_step_of)
+
+
+def prune_checkpoints(folder: Path, *, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints."""
+    for path in list_checkpoints(folder)[:-keep]:
+        _remove(path)
+
+
+def _step_of(path: Path) -> int:
+    match = _STEP_NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is no checkpoint; its name must be step_ and a number, such as step_000040")
+    return int(match[1])
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a checkpoint; empty when it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files, step, version = manifest["files"], manifest["step"], manifest["format"]
+        expected = {name: (entry["sha256"], entry["bytes"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if version != FORMAT:
+        return f"{MANIFEST} has format {version}, this version reads {FORMAT}"
+    if step != _step_of(path):
+        return f"{MANIFEST} is of step {step}"
+    absent = {LEARNER, LOOP} - expected.keys()
+    if absent:
+        return f"{MANIFEST} does not name {min(absent)}"
+    for name, (sha256, size) in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if _fingerprint(file)["sha256"] != sha256:
+            return f"the contents of {name} have changed since it was written"
+    return ""
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": file.stat().st_size}
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def _remove(path: Path) -> None:
+    """Hide it first: what is being removed must never look like a damaged checkpoint."""
+    hidden = path.with_name(f".{path.name}.removing")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _HIDDEN_NAME.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
