@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import cispo
-from cispo.errors import CispoError
+from cispo.errors import CispoError, RecipeError
 
 if TYPE_CHECKING:
     pass

@@ -43,6 +43,8 @@ class RolloutSettings(Section):
     """Prompts of one generation batch."""
     group_size: int = Field(default=8, ge=1)
     """Completions sampled for each prompt, at least 2: advantages compare them with each other."""
+    max_prompt_tokens: int = Field(default=512, ge=1)
+    """Tokens of the longest prompt, chat template included; a longer one is refused at the start."""
     max_completion_tokens: int = Field(ge=1)
     """Tokens after which a completion is cut off."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
