@@ -25,6 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cispo.errors import CheckpointError
+from cispo.model.checkpoint import save_policy
+from cispo.model.decoder import Decoder
+from cispo.model.tokenizer import Tokenizer
 
 MANIFEST, POLICY, LEARNER, LOOP = "manifest.json", "policy", "learner.safetensors", "loop.json"
 FORMAT = 1
@@ -45,12 +48,32 @@ class Checkpoint:
         """The policy folder, for `load_policy` and `Tokenizer.load`."""
         return self.path / POLICY
 
+    @property
     def learner_state(self) -> dict[str, Tensor]:
-        """What was given to `save_checkpoint`, on the CPU."""
+        """What was given when it was saved, read from the file, on the CPU."""
         return load_file(self.path / LEARNER)
 
 
 def save_checkpoint(
+    path: Path,
+    *,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    learner_state: Mapping[str, Tensor],
+    loop_state: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """Write the checkpoint `path` as `write_checkpoint` does, then remove all but the `keep` newest beside it."""
+
+    def write_policy(folder: Path) -> None:
+        save_policy(decoder, folder)
+        tokenizer.save(folder)
+
+    write_checkpoint(path, write_policy=write_policy, learner_state=learner_state, loop_state=loop_state)
+    prune_checkpoints(path.parent, keep=keep)
+
+
+def write_checkpoint(
     path: Path,
     *,
     write_policy: Callable[[Path], None],

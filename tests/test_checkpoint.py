@@ -16,7 +16,7 @@ from cispo.checkpoint import (
     load_checkpoint,
     load_newest_checkpoint,
     prune_checkpoints,
-    save_checkpoint,
+    write_checkpoint,
 )
 from cispo.errors import CheckpointError
 
@@ -30,7 +30,7 @@ def write_policy(path: Path) -> None:
 
 def save(folder: Path, step: int, state: dict[str, Tensor] = STATE) -> Path:
     path = folder / f"step_{step:06d}"
-    save_checkpoint(path, write_policy=write_policy, learner_state=state, loop_state={"step": step, "cursor": [1, 2]})
+    write_checkpoint(path, write_policy=write_policy, learner_state=state, loop_state={"step": step, "cursor": [1, 2]})
     return path
 
 
@@ -43,7 +43,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(path)
     assert (checkpoint.step, checkpoint.loop_state) == (40, {"step": 40, "cursor": [1, 2]})
     assert (checkpoint.policy_path / "config.json").read_text() == "{}"
-    state = checkpoint.learner_state()
+    state = checkpoint.learner_state
     assert state.keys() == STATE.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in STATE.items())
     assert [file.name for file in tmp_path.iterdir()] == ["step_000040"]
@@ -52,7 +52,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 def test_saving_again_replaces(tmp_path: Path) -> None:
     save(tmp_path, 3)
     path = save(tmp_path, 3, {"updates": torch.tensor(4)})
-    assert load_checkpoint(path).learner_state().keys() == {"updates"}
+    assert load_checkpoint(path).learner_state.keys() == {"updates"}
 
 
 def test_the_newest_is_loaded_and_the_oldest_pruned(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_renamed_or_foreign_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"manifest\.json is of step 4"):
         load_checkpoint(tmp_path / "step_000005")
     with pytest.raises(CheckpointError, match="must be step_ and a number"):
-        save_checkpoint(tmp_path / "best", write_policy=write_policy, learner_state={}, loop_state={})
+        write_checkpoint(tmp_path / "best", write_policy=write_policy, learner_state={}, loop_state={})
     manifest = tmp_path / "step_000005" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "step": 5, "format": 2}))
     with pytest.raises(CheckpointError, match="format 2"):
@@ -130,9 +130,9 @@ def test_a_failing_write_leaves_what_was_there(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path / "step_000001", write_policy=fail, learner_state=STATE, loop_state={})
+        write_checkpoint(tmp_path / "step_000001", write_policy=fail, learner_state=STATE, loop_state={})
     with pytest.raises(ValueError, match="JSON compliant"):
-        save_checkpoint(
+        write_checkpoint(
             tmp_path / "step_000002", write_policy=write_policy, learner_state=STATE, loop_state={"x": float("nan")}
         )
     newest = load_newest_checkpoint(tmp_path)
@@ -144,7 +144,7 @@ def test_a_failing_write_leaves_what_was_there(tmp_path: Path) -> None:
 WRITER = """
 import sys, time, torch
 from pathlib import Path
-from cispo.checkpoint import prune_checkpoints, save_checkpoint
+from cispo.checkpoint import prune_checkpoints, write_checkpoint
 
 def write_policy(path):
     with (path / "model.safetensors").open("wb") as file:
@@ -156,7 +156,8 @@ def write_policy(path):
 folder = Path(sys.argv[1])
 for step in range(int(sys.argv[2]), 10_000):
     state = {"step": torch.full((100_000,), float(step))}
-    save_checkpoint(folder / f"step_{step:06d}", write_policy=write_policy, learner_state=state, loop_state={"s": step})
+    path = folder / f"step_{step:06d}"
+    write_checkpoint(path, write_policy=write_policy, learner_state=state, loop_state={"s": step})
     prune_checkpoints(folder, keep=2)
     print(step, flush=True)
 """
@@ -177,7 +178,7 @@ def test_a_kill_at_any_moment_leaves_good_checkpoints_only(tmp_path: Path) -> No
         paths = list_checkpoints(tmp_path)
         for path in paths:
             checkpoint = load_checkpoint(path)
-            assert float(checkpoint.learner_state()["step"][-1]) == checkpoint.loop_state["s"] == checkpoint.step
+            assert float(checkpoint.learner_state["step"][-1]) == checkpoint.loop_state["s"] == checkpoint.step
         newest = load_checkpoint(paths[-1]).step
         assert newest in (done, done + 1), "what was reported as saved is there"
         done = newest
