@@ -41,7 +41,10 @@ def head_logits(hidden_ND: Tensor, weight_VD: Tensor, *, temperature: float = 1.
         logits_NV = torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32)
     else:
         logits_NV = product(hidden_ND.float(), weight_VD.float())
-    return logits_NV if temperature == 1.0 else logits_NV / temperature
+    if temperature == 1.0:
+        return logits_NV
+    # By a tensor, not a Python number: CUDA would multiply by the number's reciprocal, and sampling divides row by row.
+    return logits_NV / torch.full((), temperature, device=logits_NV.device)
 
 
 def _blocks(rows: int) -> Iterator[slice]:
@@ -75,8 +78,12 @@ class _HeadPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, coefficients: Coefficients, temperature:
-        float
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        coefficients: Coefficients,
+        temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dhidden_ND = torch.empty_like(hidden_ND)
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)

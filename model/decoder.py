@@ -87,7 +87,8 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The LM head [V, D]; the embedding itself where they are tied."""
-        return self.embedding if self.config.tie_embeddings else self.head
+        weight: Tensor = self.embedding if self.config.tie_embeddings else self.head
+        return weight
 
     def initialise(self, seed: int) -> None:
         """Draw every matrix from N(0, initializer_range^2), in order of names; norms keep their ones."""

@@ -1,9 +1,13 @@
 """Fixtures shared by all rooms: a small random policy of the M1 kind with its own tokenizer, as a folder on disk."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+# Threads that spin while they wait make every test slow on a busy machine; processes that tests start inherit this.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from cispo.model.arithmetic import prepare_products
 

@@ -1,7 +1,8 @@
 """Continuous batching of groups: submit prompts, step, collect finished groups.
 
-A step is schedule -> run -> postprocess. Groups are admitted whole: the prompt is prefilled once and forked to the group's
-completions. Sequences occupy dense slots; when one ends, the last moves into its place and waiting groups move up.
+A step is schedule -> run -> postprocess. Groups are admitted whole: the prompt is prefilled once and forked to the
+group's completions. Sequences occupy dense slots; when one ends, the last moves into its place and waiting groups move
+up.
 
 S slots, B active sequences, T tokens of one completion.
 """
@@ -23,19 +24,22 @@ from cispo.types import Group, Prompt, Rollout, StopReason, Turn
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """How completions are sampled: at a temperature > 0, up to max_completion_tokens, with noise from seed."""
+    """What all requests share: tokens after which a completion is cut off, and the seed of the sampling noise."""
 
-    temperature: float
     max_completion_tokens: int
     seed: int
 
 
 @dataclass(frozen=True, slots=True)
 class GroupRequest:
-    """A prompt to sample group_size completions of. stream: separates the noise of passes over the same prompt."""
+    """A prompt to sample group_size completions of, at a temperature > 0.
+
+    stream: separates the noise of passes over the same prompt.
+    """
 
     prompt: Prompt
     group_size: int
+    temperature: float
     stream: str
 
 
@@ -80,6 +84,7 @@ class Engine:
         self._sampling: list[_Sampling | None] = [None] * slots
         self._completion_index_S = np.zeros(slots, np.int64)
         self._key_S = np.zeros(slots, np.uint64)
+        self._temperature_S = np.ones(slots, np.float32)
         self._sampled_S = np.zeros(slots, np.int64)
         self._ids_ST = np.zeros((slots, limit), np.int32)
         self._logprobs_ST = np.zeros((slots, limit), np.float32)
@@ -164,7 +169,7 @@ class Engine:
         for source, sampling in zip(sources, admitted, strict=True):
             self._cache.fork(source, range(source + 1, source + sampling.request.group_size))
         last_BD = hidden_ND.index_select(0, (ends_B - 1).to(self._device))
-        logits_BV = head_logits(last_BD, self.decoder.head_weight, temperature=self.settings.temperature)
+        logits_BV = head_logits(last_BD, self.decoder.head_weight)
         sizes = torch.tensor([sampling.request.group_size for sampling in admitted], device=self._device)
         return first, logits_BV.repeat_interleave(sizes, 0)
 
@@ -173,6 +178,7 @@ class Engine:
         self._sampling[slot] = sampling
         self._completion_index_S[slot] = completion_index
         self._key_S[slot] = noise_key(self.settings.seed, request.stream, request.prompt.id, completion_index)
+        self._temperature_S[slot] = request.temperature
         self._sampled_S[slot] = 0
 
     def _decode(self) -> Tensor:
@@ -180,13 +186,16 @@ class Engine:
         batch = step.position_B.numel()
         last_B = self._ids_ST[np.arange(batch), np.maximum(self._sampled_S[:batch] - 1, 0)]
         hidden_BD = self.decoder.decode(torch.from_numpy(last_B).to(self._device, torch.int64), step, self._cache)
-        return head_logits(hidden_BD, self.decoder.head_weight, temperature=self.settings.temperature)[: self._active]
+        return head_logits(hidden_BD, self.decoder.head_weight)[: self._active]
 
     def _postprocess(self, first: int, logits_BV: Tensor) -> None:
         """Sample a token for each slot from `first` on, record it, and retire completions that have ended."""
         slots = np.arange(first, self._active)
         position_B = self._sampled_S[slots]
         uniform_B = torch.from_numpy(uniforms(self._key_S[slots], position_B)).to(self._device)
+        temperature_B = self._temperature_S[slots]
+        if np.any(temperature_B != 1.0):
+            logits_BV = logits_BV / torch.from_numpy(temperature_B).to(self._device).unsqueeze(1)
         ids_B, logprob_B = sample_tokens(logits_BV, uniform_B)
         ids = ids_B.to("cpu").numpy()
         self._ids_ST[slots, position_B] = ids
@@ -230,7 +239,7 @@ class Engine:
         if slot != last:
             self._cache.move(last, slot)
             self._sampling[slot] = self._sampling[last]
-            for per_slot in (self._completion_index_S, self._key_S, self._sampled_S):
+            for per_slot in (self._completion_index_S, self._key_S, self._temperature_S, self._sampled_S):
                 per_slot[slot] = per_slot[last]
             length = self._sampled_S[slot]
             for per_token in (self._ids_ST, self._logprobs_ST, self._versions_ST):

@@ -25,13 +25,14 @@ def noise_key(seed: int, stream: str, prompt_id: str, completion_index: int) -> 
 
 
 def uniforms(key_B: npt.NDArray[np.uint64], position_B: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) for each (key, position): SplitMix64 (Steele et al., OOPSLA 2014) as a counter-based hash."""
+    """One number in [0, 1) a (key, position): SplitMix64 (Steele et al., OOPSLA 2014) as a counter-based hash."""
     with np.errstate(over="ignore"):
         z = key_B + (position_B.astype(np.uint64) + np.uint64(1)) * _GOLDEN
         z = (z ^ (z >> np.uint64(30))) * _MIX_1
         z = (z ^ (z >> np.uint64(27))) * _MIX_2
         z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    uniform_B: npt.NDArray[np.float64] = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniform_B
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,17 +17,15 @@ from cispo.types import Group, Prompt, StopReason
 PROMPTS = [Prompt(id=f"p{i}", text="x" * length) for i, length in enumerate((1, 7, 40, 62, 63, 64, 90))]
 
 
-def make_engine(folder: Path, *, capacity: int = 32, limit: int = 70, temperature: float = 1.0) -> Engine:
+def make_engine(folder: Path, *, capacity: int = 32, limit: int = 70) -> Engine:
     decoder = load_policy(folder, dtype=torch.float32, device="cpu")
-    settings = SamplingSettings(temperature=temperature, max_completion_tokens=limit, seed=3)
-    return Engine(
-        decoder, Tokenizer.load(folder), settings, max_concurrent_completions=capacity, max_prompt_tokens=128
-    )
+    settings = SamplingSettings(max_completion_tokens=limit, seed=3)
+    return Engine(decoder, Tokenizer.load(folder), settings, max_concurrent_completions=capacity, max_prompt_tokens=128)
 
 
-def run(engine: Engine, prompts: Sequence[Prompt], group_size: int = 3) -> dict[str, Group]:
+def run(engine: Engine, prompts: Sequence[Prompt], group_size: int = 3, temperature: float = 1.0) -> dict[str, Group]:
     for prompt in prompts:
-        engine.submit(GroupRequest(prompt, group_size, stream="0"))
+        engine.submit(GroupRequest(prompt, group_size, temperature, stream="0"))
     groups: dict[str, Group] = {}
     while not engine.is_idle:
         engine.step()
@@ -59,8 +57,8 @@ def logprobs_of_learner(decoder: Decoder, group: Group, temperature: float) -> l
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_logprobs_equal_the_learners_forward_bit_for_bit(small_policy_folder: Path, temperature: float) -> None:
-    engine = make_engine(small_policy_folder, temperature=temperature)
-    groups = run(engine, PROMPTS)
+    engine = make_engine(small_policy_folder)
+    groups = run(engine, PROMPTS, temperature=temperature)
     assert len(groups) == len(PROMPTS)
     for group in groups.values():
         for rollout, expected in zip(
@@ -104,7 +102,7 @@ def test_completions_of_a_group_differ_and_stop_for_the_reason_given(small_polic
 
 def test_weights_can_change_between_two_steps_and_tokens_carry_their_version(small_policy_folder: Path) -> None:
     engine = make_engine(small_policy_folder)
-    engine.submit(GroupRequest(PROMPTS[0], 4, stream="0"))
+    engine.submit(GroupRequest(PROMPTS[0], 4, 1.0, stream="0"))
     for _ in range(3):
         engine.step()
     tensors = {name: tensor.detach() * 1.01 for name, tensor in engine.decoder.named_parameters()}
@@ -128,9 +126,9 @@ def test_weights_of_another_model_are_refused(small_policy_folder: Path) -> None
 def test_requests_that_can_never_run_are_refused(small_policy_folder: Path) -> None:
     engine = make_engine(small_policy_folder, capacity=4)
     with pytest.raises(ValueError, match="max_concurrent_completions 4"):
-        engine.submit(GroupRequest(PROMPTS[0], 5, stream="0"))
+        engine.submit(GroupRequest(PROMPTS[0], 5, 1.0, stream="0"))
     with pytest.raises(ValueError, match="max_prompt_tokens 128"):
-        engine.submit(GroupRequest(Prompt(id="long", text="x" * 500), 1, stream="0"))
+        engine.submit(GroupRequest(Prompt(id="long", text="x" * 500), 1, 1.0, stream="0"))
 
 
 def test_no_page_is_lost(small_policy_folder: Path) -> None:

@@ -1,0 +1,159 @@
+"""The Ray actors of a run, named after their roles: `rollout:i`, `reward:i`, `learner`.
+
+Each is a thin shell around a plain class that knows nothing of Ray (Engine, RewardSet, Learner). What a shell adds: the
+process's threads and arithmetic, and messages that Ray can carry.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cispo.recipe.schema import TrainRecipe
+from cispo.types import Group, Prompt, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """Prompts to sample group_size completions of; stream separates the noise of passes over the same prompts."""
+
+    prompts: tuple[Prompt, ...]
+    group_size: int
+    temperature: float
+    stream: str
+
+
+def prepare_process(threads: int) -> None:
+    """Settings of every process that computes: thread count, row-independent products, repeatable kernels."""
+    from cispo.model.arithmetic import prepare_products
+
+    prepare_products()
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+
+
+class RolloutWorker:
+    """Samples groups with its own copy of the policy, whose weights the learner's broadcasts replace."""
+
+    def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int) -> None:
+        prepare_process(threads)
+        from cispo.devices import resolve_device, resolve_dtype
+        from cispo.model.checkpoint import load_policy
+        from cispo.model.tokenizer import Tokenizer
+        from cispo.rollout.engine import Engine, SamplingSettings
+
+        policy, rollout = recipe.policy, recipe.rollout
+        self._engine = Engine(
+            load_policy(policy_path, dtype=resolve_dtype(policy.dtype), device=resolve_device(policy.device)),
+            Tokenizer.load(policy_path),
+            SamplingSettings(rollout.max_completion_tokens, recipe.seed),
+            max_concurrent_completions=rollout.max_concurrent_completions,
+            max_prompt_tokens=rollout.max_prompt_tokens,
+        )
+
+    def sample(self, request: SampleRequest) -> Iterator[Group]:
+        """Groups as they end, one after the other."""
+        from cispo.rollout.engine import GroupRequest
+
+        for prompt in request.prompts:
+            self._engine.submit(GroupRequest(prompt, request.group_size, request.temperature, request.stream))
+        while not self._engine.is_idle:
+            self._engine.step()
+            yield from self._engine.collect()
+
+    def update_weights(self, weights: Any) -> tuple[int, str]:
+        """Take the weights and answer with the version and checksum of what this worker holds afterwards."""
+        from cispo.broadcast import weights_checksum
+
+        self._engine.update_weights(weights.version, weights.tensors())
+        return self._engine.policy_version, weights_checksum(dict(self._engine.decoder.named_parameters()))
+
+    def row_dependent_shapes(self) -> list[str]:
+        """Shapes of this policy's products whose bits depend on the rows beside a row, on this machine."""
+        from cispo.model.arithmetic import row_dependent_shapes
+
+        return row_dependent_shapes([p for p in self._engine.decoder.parameters() if p.dim() == 2])
+
+
+class RewardWorker:
+    """Scores groups, one program at a time in a sandbox of its own."""
+
+    def __init__(self, recipe: TrainRecipe) -> None:
+        from cispo.rewards.reward_set import RewardSet
+
+        self._rewards = RewardSet(
+            recipe.rewards,
+            recipe.sandbox.model_copy(update={"workers": 1}),
+            base_path=recipe.base_path,
+            max_completion_tokens=recipe.rollout.max_completion_tokens,
+        )
+
+    def score(self, group: Group) -> ScoredGroup:
+        return ScoredGroup(group.prompt, group.rollouts, self._rewards.score(group))
+
+    def statistics(self) -> dict[str, float]:
+        """Counts since the last call."""
+        return self._rewards.statistics()
+
+    def close(self) -> None:
+        self._rewards.close()
+
+
+class LearnerActor:
+    """Holds the learner, hands out its weights, and writes and reads checkpoints where the learner's state is."""
+
+    def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int) -> None:
+        prepare_process(threads)
+        from cispo.devices import resolve_device, resolve_dtype
+        from cispo.learner import Learner
+        from cispo.model.checkpoint import load_policy
+        from cispo.model.tokenizer import Tokenizer
+
+        dtype, device = resolve_dtype(recipe.policy.dtype), resolve_device(recipe.policy.device)
+        reference = None
+        if recipe.objective.needs_reference:
+            reference = load_policy(policy_path, dtype=dtype, device=device).requires_grad_(False)
+        self._tokenizer = Tokenizer.load(policy_path)
+        self._learner = Learner(
+            load_policy(policy_path, dtype=dtype, device=device),
+            objective=recipe.objective,
+            advantage=recipe.advantage,
+            settings=recipe.learner,
+            temperature=recipe.rollout.temperature,
+            max_completion_tokens=recipe.rollout.max_completion_tokens,
+            total_updates=recipe.steps * recipe.learner.updates_per_step,
+            seed=recipe.seed,
+            reference=reference,
+        )
+
+    def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+        return self._learner.train(groups, step)
+
+    def weights(self) -> Any:
+        """The policy's weights, ready to broadcast; a `cispo.broadcast.Weights`."""
+        from cispo.broadcast import pack_weights
+
+        return pack_weights(self._learner.policy_version, self._learner.policy_tensors())
+
+    def save(self, path: Path, loop_state: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint of policy, learner and loop, then remove all but the `keep` newest."""
+        from cispo.checkpoint import save_checkpoint
+
+        save_checkpoint(
+            path,
+            decoder=self._learner.decoder,
+            tokenizer=self._tokenizer,
+            learner_state=self._learner.state_dict(),
+            loop_state=loop_state,
+            keep=keep,
+        )
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Go on from a verified checkpoint; returns its loop state."""
+        from cispo.checkpoint import load_checkpoint
+
+        checkpoint = load_checkpoint(path)
+        self._learner.load_state_dict(checkpoint.learner_state)
+        return dict(checkpoint.loop_state)

@@ -1,0 +1,96 @@
+"""Measuring a policy on prompts it is not trained on, and the gain between two measurements."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cispo.crew import Crew, Progress
+from cispo.recipe.schema import EvaluationSettings
+from cispo.statistics import Estimate, PromptOutcome, evaluation_metrics, paired_gain, pass_at_1
+from cispo.types import Prompt, Score, ScoredGroup, ScoreStatus
+
+NAME = "heldout"
+"""The evaluation's name in metrics: eval/heldout/..."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one measurement found, prompt by prompt in their order."""
+
+    outcomes: tuple[PromptOutcome, ...]
+
+    def metrics(self) -> dict[str, float]:
+        return evaluation_metrics(NAME, self.outcomes)
+
+    @property
+    def pass_at_1(self) -> Estimate:
+        return pass_at_1([outcome.correct for outcome in self.outcomes])
+
+    @property
+    def well_formed(self) -> float:
+        flags = [flag for outcome in self.outcomes for flag in outcome.well_formed]
+        return sum(flags) / len(flags)
+
+    @property
+    def correct_given_form(self) -> float:
+        """Share of the well-formed completions that are right; 0 where none is well-formed."""
+        pairs = [p for outcome in self.outcomes for p in zip(outcome.correct, outcome.well_formed, strict=True)]
+        formed = [correct for correct, is_formed in pairs if is_formed]
+        return sum(formed) / len(formed) if formed else 0.0
+
+    def __str__(self) -> str:
+        completions = sum(len(outcome.correct) for outcome in self.outcomes)
+        return (
+            f"pass@1 {self.pass_at_1} (95% interval; {len(self.outcomes)} prompts, {completions} completions), "
+            f"well-formed {self.well_formed:.3f}, correct given form {self.correct_given_form:.3f}"
+        )
+
+
+def evaluate(crew: Crew, prompts: Sequence[Prompt], settings: EvaluationSettings, progress: Progress) -> Evaluation:
+    """Sample and score completions of every prompt. The same weights always give the same outcome."""
+    groups, _ = crew.sample_and_score(
+        prompts,
+        group_size=settings.completions_per_prompt,
+        temperature=settings.temperature,
+        stream="evaluation",
+        progress=progress,
+    )
+    return Evaluation(tuple(_outcome(group) for group in groups))
+
+
+def _outcome(group: ScoredGroup) -> PromptOutcome:
+    scored = [
+        (rollout, score)
+        for rollout, score in zip(group.rollouts, group.scores, strict=True)
+        if score.status is ScoreStatus.OK
+    ]
+    return PromptOutcome(
+        correct=tuple(_is_correct(score) for _, score in scored),
+        well_formed=tuple(
+            score.parts.get("well_formed", 1.0) >= 1.0 and not rollout.is_truncated for rollout, score in scored
+        ),
+        rewards=tuple(score.value for _, score in scored),
+        lengths_tokens=tuple(rollout.completion_length_tokens for rollout, _ in scored),
+        errors=len(group.rollouts) - len(scored),
+    )
+
+
+def _is_correct(score: Score) -> bool:
+    """By the part `correct` where a reward gives one, else a full reward."""
+    return score.parts.get("correct", score.value) >= 1.0
+
+
+def describe_gain(before: Evaluation, after: Evaluation) -> list[str]:
+    """The gain in pass@1 with its interval, and how much of it is form and how much correctness.
+
+    pass = form * (correct given form), so a gain splits exactly into the two: each factor's change at the mean of the
+    other.
+    """
+    gain = paired_gain([o.correct for o in before.outcomes], [o.correct for o in after.outcomes])
+    form = (after.well_formed - before.well_formed) * (after.correct_given_form + before.correct_given_form) / 2
+    correctness = (after.correct_given_form - before.correct_given_form) * (after.well_formed + before.well_formed) / 2
+    return [
+        f"held-out before: {before}",
+        f"held-out after:  {after}",
+        f"gain {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]: "
+        f"{form:+.3f} by form, {correctness:+.3f} by correctness",
+    ]
