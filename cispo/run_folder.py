@@ -196,14 +196,17 @@ def differing_settings(before: Mapping[str, Any], after: Mapping[str, Any], pref
 def _refuse_another_recipe(path: Path, recipe: BaseModel) -> None:
     stored = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
     given = yaml.safe_load(resolved_yaml(recipe))
-    kept = [{key: value for key, value in settings.items() if key not in MAY_CHANGE} for settings in (stored, given)]
-    differing = differing_settings(*kept)
+    differing = differing_settings(_without(stored, MAY_CHANGE), _without(given, MAY_CHANGE))
     if differing:
         raise RunFolderError(
             f"the run at {path} was started with other settings: {'; '.join(differing)}; "
             f"resume with the run's own ({RECIPE} in it; only {', '.join(sorted(MAY_CHANGE))} may change), "
             "or start another run with --name"
         )
+
+
+def _without(settings: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def _lock(folder: Path, shown: Path) -> TextIO:

@@ -61,7 +61,7 @@ def read_recipe(name: str | Path, overrides: Sequence[str], settings: type[Recip
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error}); name a YAML file") from error
-    document = read_document(text, str(path))
+    document = read_document(text, _shown(path))
     if document.mistakes:
         raise_mistakes(document.mistakes)
     apply_overrides(document, overrides)
@@ -70,6 +70,11 @@ def read_recipe(name: str | Path, overrides: Sequence[str], settings: type[Recip
     if "base_path" in document.root.entries:
         base_path = Path(os.path.abspath(base_path / recipe.base_path))
     return LoadedRecipe(recipe.model_copy(update={"base_path": base_path}), path, document.root)
+
+
+def _shown(path: Path) -> str:
+    """The path as messages name it: short where it lies below the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _checked(loaded: LoadedRecipe[Recipe], find: Callable[[Recipe], list[check.FileMistake]]) -> LoadedRecipe[Recipe]:

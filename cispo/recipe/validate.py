@@ -3,11 +3,12 @@
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from cispo.errors import RecipeError
 from cispo.recipe import declared
-from cispo.recipe.convert import convert_section
+from cispo.recipe.convert import REFUSED, convert_section
 from cispo.recipe.document import COMMAND_LINE, Document, ListNode, Mistake, Node, Origin, SectionNode, SettingPath
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -33,10 +34,9 @@ def validate(document: Document, settings: type[Settings]) -> Settings:
     try:
         recipe = settings.model_validate(values)
     except ValidationError as error:
-        found = {mistake.path for mistake in mistakes}
         for details in error.errors(include_url=False):
-            path = _setting_path(details["loc"], settings)
-            if not any(path[:length] in found for length in range(1, len(path) + 1)):
+            if details["input"] is not REFUSED:
+                path = _setting_path(details["loc"], settings)
                 mistakes.append(_mistake(document.root, settings, path, details))
         raise_mistakes(mistakes)
     if mistakes:
@@ -81,11 +81,11 @@ def is_written(root: SectionNode, path: SettingPath) -> bool:
 
 def _mistake(root: SectionNode, settings: type[BaseModel], path: SettingPath, details: ErrorDetails) -> Mistake:
     text = _text(settings, path, details)
-    section = _section_at(settings, path)
     first, _, rest = text.partition(" ")
-    if section is not None and first in section.model_fields and rest:
-        # A rule between settings of one section: its text begins with the setting that is to be mended.
-        path, text = (*path, first), rest
+    named = (*path, *first.split("."))
+    if rest and _is_setting(settings, named):
+        # A rule between several settings belongs to no one of them; its text begins with the one to mend.
+        path, text = named, rest
     return Mistake(origin_of(root, path), path, text)
 
 
@@ -98,17 +98,19 @@ def _text(settings: type[BaseModel], path: SettingPath, details: ErrorDetails) -
     context = details.get("ctx", {})
     if kind in COMPARISONS:
         text, key = COMPARISONS[kind]
-        return f"{text.format(context[key])}, got {_shown(details['input'])}"
+        return f"{text.format(_shown(context[key]))}, got {_shown(details['input'])}"
     return f"{details['msg'][:1].lower()}{details['msg'][1:]}, got {_shown(details['input'])}"
 
 
 def _shown(value: Any) -> str:
-    return f"{len(value)}" if isinstance(value, list | dict) else repr(value)
+    if isinstance(value, list | dict):
+        return str(len(value))
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def _description(settings: type[BaseModel], path: SettingPath) -> str:
-    section = _section_at(settings, path[:-1])
-    text = section.model_fields[str(path[-1])].description if section and path else None
+    declaration = _field_at(settings, path)
+    text = declaration.description if declaration else None
     return f": {' '.join(text.split()).rstrip('.')}" if text else ""
 
 
@@ -126,19 +128,23 @@ def _setting_path(location: tuple[int | str, ...], settings: type[BaseModel]) ->
     return tuple(path)
 
 
-def _section_at(settings: type[BaseModel], path: SettingPath) -> type[BaseModel] | None:
-    """The settings class at `path`; where several are possible, the first one."""
+def _is_setting(settings: type[BaseModel], path: SettingPath) -> bool:
+    return _field_at(settings, path) is not None
+
+
+def _field_at(settings: type[BaseModel], path: SettingPath) -> FieldInfo | None:
+    """The declaration of the setting at `path`; where several classes are possible, the first that has it."""
     annotation: Any = settings
-    for part in path:
+    for part in path[:-1]:
         annotation = _below(annotation, part)
-    classes = declared.settings_classes(annotation)
-    return classes[0] if classes else None
+    classes = declared.settings_classes(annotation) if path else []
+    return next((found for kind in classes if (found := kind.model_fields.get(str(path[-1])))), None)
 
 
 def _below(annotation: Any, part: int | str) -> Any:
     classes = declared.settings_classes(annotation)
     if classes:
-        fields = [settings.model_fields[str(part)] for settings in classes if str(part) in settings.model_fields]
-        return fields[0].annotation if fields else Any
+        found = next((found for kind in classes if (found := kind.model_fields.get(str(part)))), None)
+        return found.annotation if found else Any
     kind = next(iter(declared.members(annotation)[0]), Any)
     return declared.item_type(kind, part) if isinstance(part, int) else declared.value_type(kind)
