@@ -1,4 +1,4 @@
-"""Opening a sandbox by the name of its backend. It fails closed: without isolation there is an error, not a plain process."""
+"""Opening a sandbox by the name of its backend. It fails closed: no isolation is an error, never a plain process."""
 
 from typing import Any
 

@@ -1,8 +1,9 @@
 """The default sandbox: each program in namespaces of its own, made by bubblewrap (the command `bwrap`) on this machine.
 
 What a program sees: the host's /usr read-only, a /proc of its own processes, a /dev of a few harmless devices, and one
-writable folder of limited size, /task, which is also /tmp and its working folder. What it does not get: a network, the host's
-processes, files or environment, a user id that owns anything, capabilities, new namespaces, or a life after `run`.
+writable folder of limited size, /task, which is also /tmp and its working folder. What it does not get: a network, the
+host's processes, files or environment, a user id that owns anything, capabilities, new namespaces, or a life after
+`run`.
 
 Programs never run as root, not even inside a user namespace of root: there owner permission still opens
 /proc/sys/kernel/core_pattern. Started by root, each slot has a user id of its own (slots.py); started by anybody else,
@@ -112,9 +113,9 @@ class BubblewrapSandbox(SlottedSandbox):
                 return python, version
             failures.append(f"{python}: {version or result.stderr.decode(errors='replace').strip()[-300:]}")
         raise SandboxError(
-            f"no program can be run by bubblewrap ({'; '.join(failures) or 'there is no python3'}); it needs user namespaces "
-            f"(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0) and a python3 >= 3.9 "
-            f"that other users may read, such as the system's"
+            f"no program can be run by bubblewrap ({'; '.join(failures) or 'there is no python3'}); it needs user "
+            "namespaces (sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0) "
+            "and a python3 >= 3.9 that other users may read, such as the system's"
         )
 
     def _find_capabilities(self) -> Capabilities:
@@ -162,7 +163,8 @@ def python_candidates() -> list[tuple[str, list[str]]]:
     """Interpreters with the arguments that make each visible inside."""
     ours = str(Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}"))
     is_visible = sys.base_prefix == "/usr" or sys.base_prefix.startswith("/usr/")
-    candidates = [("/usr/bin/python3", []), (ours, [] if is_visible else ["--ro-bind", sys.base_prefix, sys.base_prefix])]
+    binds = [] if is_visible else ["--ro-bind", sys.base_prefix, sys.base_prefix]
+    candidates: list[tuple[str, list[str]]] = [("/usr/bin/python3", []), (ours, binds)]
     return [candidate for candidate in candidates if Path(candidate[0]).exists()]
 
 

@@ -105,8 +105,8 @@ def _own_folders(mounts: str, own: str) -> dict[str, Path]:
     """Where this process is, by controller; the key of version 2's one hierarchy is the empty string."""
     paths = {}
     for line in own.splitlines():
-        _, controllers, path = line.split(":", 2)
-        paths.update(dict.fromkeys(controllers.split(","), path))
+        _, names, path = line.split(":", 2)
+        paths.update(dict.fromkeys(names.split(","), path))
     folders: dict[str, Path] = {}
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")

@@ -89,7 +89,7 @@ NUMBER, ARCHITECTURE, ARGUMENT_0, ARGUMENT_1 = 0, 4, 16, 24  # offsets into stru
 
 
 def seccomp_filter(machine: str | None = None) -> bytes | None:
-    """The filter for `machine` (this one's by default) as an array of struct sock_filter, None where we know no numbers.
+    """The filter for `machine` (by default this one's) as an array of struct sock_filter; None where it is unknown.
 
     Both architectures are little endian, so an argument's low 32 bits stand first; all arguments looked at are ints.
     """

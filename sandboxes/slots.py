@@ -45,7 +45,8 @@ def take_slot(index: int, *, lock_folder: Path = LOCK_FOLDER) -> Slot:
         if fd is not None:
             return Slot(uid, f"cispo-sandbox-{uid}", fd)
     raise SandboxError(
-        f"all {LAST_UID - FIRST_UID + 1} sandbox user ids of this machine are in use; close a run or lower sandbox.workers"
+        f"all {LAST_UID - FIRST_UID + 1} sandbox user ids of this machine are in use; "
+        "end another run or lower sandbox.workers"
     )
 
 
@@ -54,7 +55,8 @@ def _open_lock_folder(folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
     except OSError as error:
-        raise SandboxError(f"the sandbox cannot keep its locks in {folder} ({error.strerror}); make /run writable") from error
+        reason = error.strerror
+        raise SandboxError(f"the sandbox cannot keep its locks in {folder} ({reason}); make /run writable") from error
     if not folder.is_dir() or folder.is_symlink() or status.st_uid != 0 or status.st_mode & 0o022:
         raise SandboxError(f"{folder} must be a folder that only root can write; remove it and start again")
 

@@ -14,16 +14,15 @@ from typing import Self
 
 from cispo.errors import SandboxError
 from cispo.sandboxes.supervisor import Ended, Supervisor
-from cispo.sandboxes.types import NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
+from cispo.sandboxes.types import DEFAULT_LIMITS, NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
 
-DEFAULT_LIMITS = Limits()
 MAX_OPEN_FILES = 256
 # Address space of an interpreter that has done nothing yet, libraries included.
 BASE_ADDRESS_SPACE_MIB = 64
 
 
 class SlottedSandbox(ABC):
-    """A sandbox with `workers` slots; `run` waits for a free one. A slot that fails is closed and made anew when needed."""
+    """A sandbox with `workers` slots; `run` waits for a free one. A slot that fails is closed and later made anew."""
 
     def __init__(self, workers: int) -> None:
         self._owner_pid = os.getpid()
@@ -54,7 +53,7 @@ class SlottedSandbox(ABC):
         """See Sandbox.run."""
         check_files(files, limits)
         if os.getpid() != self._owner_pid:
-            raise SandboxError(f"a sandbox opened in process {self._owner_pid} is used in another; open one in each process")
+            raise SandboxError(f"the sandbox belongs to process {self._owner_pid}; open one in each process")
         supervisor = self._idle.get()
         try:
             if self._is_closed:

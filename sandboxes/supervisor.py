@@ -39,7 +39,7 @@ SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SE
 class Job:
     """One program for a warden: what to execute, and the contents of its descriptors.
 
-    inputs: contents of the read-only descriptors from 4 on. Descriptor 0 is stdin, 1 and 2 are output, 3 is for reports.
+    inputs: contents of the read-only descriptors from 4 on; 0 is stdin, 1 and 2 are output, and 3 is for reports.
     """
 
     argv: Sequence[str]
@@ -159,8 +159,10 @@ class Supervisor:
 
     def _send(self, packet: bytes, fds: Sequence[int] = ()) -> None:
         if len(packet) > warden.MAX_PACKET_BYTES or len(fds) > warden.MAX_FDS:
-            raise ValueError(f"a program's arguments and environment are {len(packet)} bytes with {len(fds)} files; "
-                             f"at most {warden.MAX_PACKET_BYTES} and {warden.MAX_FDS} fit, so send data by stdin")  # fmt: skip
+            raise ValueError(
+                f"a program's arguments are {len(packet)} bytes, with {len(fds)} open files; at most "
+                f"{warden.MAX_PACKET_BYTES} and {warden.MAX_FDS} can be handed over, so send data by stdin"
+            )
         try:
             socket.send_fds(self._control, [packet], fds)
         except OSError as error:
@@ -218,7 +220,7 @@ class Watch:
         return self._cgroup is not None and self._cgroup.oom_kills() > self._oom_kills_before
 
     def look(self) -> ExecStatus | None:
-        """The limit that is exceeded, None when there is none; SandboxError when the machine gives the program no time."""
+        """The limit that is exceeded, or None; SandboxError when the machine gives the program no time."""
         elapsed_s = self.elapsed_s()
         is_late = elapsed_s >= self.limits.wall_s
         counts_memory = self._cgroup is not None and self._cgroup.memory is not None
@@ -234,7 +236,8 @@ class Watch:
             return ExecStatus.TIMEOUT
         if elapsed_s >= STARVED_WALL_FACTOR * self.limits.wall_s:
             raise SandboxError(
-                f"a program waited {usage.starved_s:.1f} of {elapsed_s:.1f} s for a core; lower sandbox.workers or raise sandbox.wall_s"
+                f"a program waited {usage.starved_s:.1f} of {elapsed_s:.1f} s for a core; "
+                "lower sandbox.workers or raise sandbox.wall_s"
             )
         return None
 

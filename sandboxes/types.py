@@ -38,6 +38,9 @@ class Limits:
                 raise ValueError(f"limit {item.name} must be > 0, got {getattr(self, item.name)}")
 
 
+DEFAULT_LIMITS = Limits()
+
+
 class ExecStatus(StrEnum):
     """How an execution ended. A sandbox that fails itself raises SandboxError instead."""
 
@@ -144,9 +147,9 @@ class Sandbox(Protocol):
         *,
         stdin: bytes = b"",
         files: Mapping[str, bytes] = NO_FILES,
-        limits: Limits = Limits(),  # noqa: B008 - frozen, so sharing the default is safe
+        limits: Limits = DEFAULT_LIMITS,
     ) -> ExecResult:
-        """Run one program in a fresh world whose working folder holds `files` (relative names), and nothing outlives it.
+        """Run one program in a fresh world whose working folder holds `files` (relative names); nothing outlives it.
 
         Raises SandboxError when the sandbox itself fails; ValueError when a file name leaves the folder.
         """

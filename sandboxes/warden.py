@@ -6,7 +6,7 @@ sandbox over the socket FD. It exists for three reasons:
 - it sits in the slot's control groups, so programs are born inside their limits. Moving a process in costs 5 to 20 ms
   for every program (the kernel waits for a grace period); being forked inside costs nothing;
 - it is a subreaper: whatever a program or a killed bubblewrap leaves behind becomes its child, and is killed and reaped
-  before it reports the end. `--die-with-parent` alone leaves orphans when the parent dies within its first milliseconds;
+  before it reports the end. `--die-with-parent` alone leaves orphans when the parent dies in its first milliseconds;
 - it outlives nobody: when its socket closes, however its owner died, it kills what runs, leaves the groups and exits.
 
 Messages are marshalled tuples, one a packet; file descriptors travel beside the request. The warden never reads

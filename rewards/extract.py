@@ -1,0 +1,60 @@
+"""Taking the code out of a completion.
+
+The rule: the code is the content of the last fenced block, and the whole completion where there is none.
+
+- A line opens a block when, after any indentation, it starts with three or more backticks or tildes. What follows them
+  (a language tag, say) is ignored, whatever it is; after backticks it may hold no further backtick.
+- The block ends at the next line that has only the same character, at least as many times, after any indentation. So a
+  longer fence can hold shorter ones, and backticks and tildes can hold each other.
+- A block that is never closed ends with the completion, as in CommonMark; if it then holds nothing but white space, the
+  fence is taken for a stray one and does not count.
+- The opening fence's indentation is taken off each line of the block, so far as the line has it.
+"""
+
+import re
+from dataclasses import dataclass
+
+FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<tag>.*)")
+
+
+@dataclass
+class _Block:
+    indent: str
+    fence: str
+    lines: list[str]
+
+    def is_closed_by(self, line: str) -> bool:
+        mark = line.strip()
+        return len(mark) >= len(self.fence) and set(mark) == {self.fence[0]}
+
+    def text(self) -> str:
+        return "".join(_without_indent(line, self.indent) + "\n" for line in self.lines)
+
+
+def extract_code(completion: str) -> str:
+    """The code of a completion by the rule above; line ends become newlines inside a block."""
+    last: _Block | None = None
+    current: _Block | None = None
+    for line in completion.split("\n"):
+        if current is None:
+            current = _opened_by(line)
+        elif current.is_closed_by(line):
+            last, current = current, None
+        else:
+            current.lines.append(line.rstrip("\r"))
+    if current is not None and current.text().strip():
+        last = current
+    return completion if last is None else last.text()
+
+
+def _opened_by(line: str) -> _Block | None:
+    match = FENCE.match(line)
+    if match is None or (match["fence"][0] == "`" and "`" in match["tag"]):
+        return None
+    return _Block(match["indent"], match["fence"], [])
+
+
+def _without_indent(line: str, indent: str) -> str:
+    if line.startswith(indent):
+        return line[len(indent) :]
+    return line.lstrip(" \t") if not line[: len(indent)].strip() else line

@@ -1,0 +1,156 @@
+"""All rewards of a recipe together: a group of completions goes in, one Score each comes out.
+
+The value is the sum of weight * value over the rewards. A part is kept for each reward, by its name, and for each part
+of its own, as `name.part`. A reward that raises, takes too long, or returns no finite number makes the Score an error,
+which masks the sample; it never counts as 0 and never ends the run. Functions of the user's run in this process; text
+of the policy's is never run here.
+"""
+
+import copy
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cispo.errors import SandboxError
+from cispo.rewards.loaded import LoadedReward, load_rewards
+from cispo.rewards.outcome import add_scores, as_score
+from cispo.rewards.plugin_thread import PluginThread
+from cispo.rewards.settings import RewardSettings
+from cispo.sandboxes.backends import open_sandbox
+from cispo.sandboxes.judge import judge_calls
+from cispo.sandboxes.settings import SandboxSettings
+from cispo.sandboxes.types import Verdict, VerdictStatus
+from cispo.sandboxes.verdict_cache import VerdictCache, verdict_key
+from cispo.types import Group, Rollout, Score, ScoreStatus
+
+
+class RewardSet:
+    """Opens a sandbox if a reward takes a `judge`; `close` it. One thread at a time may score.
+
+    Raises RewardError when a reward cannot be found or called with its args, SandboxError when there is no sandbox.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[RewardSettings],
+        sandbox: SandboxSettings,
+        *,
+        base_path: Path,
+        max_completion_tokens: int,
+    ) -> None:
+        self._rewards = load_rewards(rewards, base_path)
+        self._max_completion_tokens = max_completion_tokens
+        self._limits = sandbox.limits()
+        self._cache = VerdictCache()
+        self._counters = _Counters()
+        needs_sandbox = any(reward.takes("judge") for reward in self._rewards)
+        self._sandbox = open_sandbox(sandbox.backend, workers=sandbox.workers) if needs_sandbox else None
+        self._pool = ThreadPoolExecutor(sandbox.workers, thread_name_prefix="reward")
+        self._plugins = PluginThread()
+
+    def score(self, group: Group) -> tuple[Score, ...]:
+        """One score for each rollout of the group, in order. Raises nothing for what a reward or a sandbox does."""
+        columns = [self._run(reward, group) for reward in self._rewards]
+        rows = [[column[index] for column in columns] for index in range(len(group.rollouts))]
+        scores = tuple(add_scores(self._rewards, row) for row in rows)
+        self._counters.count_scores(scores)
+        return scores
+
+    def judge(self, code: str, entry_point: str, tests: Sequence[Mapping[str, Any]]) -> Verdict:
+        """The verdict on a program, from memory where it is known. A failing sandbox gives the status sandbox_error."""
+        key = verdict_key(code, entry_point, tests, self._limits)
+        verdict = self._cache.get_or_judge(key, partial(self._execute, code, entry_point, tests))
+        self._counters.count_verdict(verdict)
+        return verdict
+
+    def _execute(self, code: str, entry_point: str, tests: Sequence[Mapping[str, Any]]) -> Verdict:
+        if self._sandbox is None:
+            raise SandboxError("no reward of the recipe takes `judge`, so no sandbox was opened")
+        verdict = judge_calls(self._sandbox, code, entry_point, tests, self._limits)
+        self._counters.count_execution(verdict)
+        return verdict
+
+    def _run(self, reward: LoadedReward, group: Group) -> list[Score]:
+        """The scores of one reward. Built-ins run side by side, the user's functions in turn unless they are async."""
+        calls = [partial(self._call, reward, group, rollout) for rollout in group.rollouts]
+        if reward.is_built_in:
+            outcomes = list(self._pool.map(_outcome, calls))
+        else:
+            outcomes = self._plugins.run_all(calls, reward.settings.timeout_s)
+        pairs = zip(group.rollouts, outcomes, strict=True)
+        return [as_score(reward, group.prompt.id, rollout, outcome) for rollout, outcome in pairs]
+
+    def _call(self, reward: LoadedReward, group: Group, rollout: Rollout) -> Any:
+        supplied = {
+            "completion_length_tokens": rollout.completion_length_tokens,
+            "max_completion_tokens": self._max_completion_tokens,
+            "is_truncated": rollout.is_truncated,
+            "judge": self.judge,
+        }
+        # A function that changes a list of its row must not change it for the next completion or reward.
+        row = group.prompt.row if reward.is_built_in else copy.deepcopy(dict(group.prompt.row))
+        return reward.function(group.prompt.text, rollout.text, **reward.keywords(row, supplied))
+
+    def statistics(self) -> dict[str, float]:
+        """Counts since the last call, by metric name; a name is absent when there was nothing to count.
+
+        What depends on the history of this process (the memory of verdicts, the clock) is under perf/ and time_s/.
+        """
+        return self._counters.take()
+
+    def close(self) -> None:
+        """End the sandbox and the threads; calling it again does nothing."""
+        self._pool.shutdown(cancel_futures=True)
+        self._plugins.close()
+        if self._sandbox is not None:
+            self._sandbox.close()
+
+
+def _outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:  # becomes a score with status error
+        return error
+
+
+class _Counters:
+    """Counts that many threads add to and one takes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._exec_s = 0.0
+
+    def count_verdict(self, verdict: Verdict) -> None:
+        with self._lock:
+            self._counts["verdicts"] += 1
+            self._counts[verdict.status.value] += 1
+
+    def count_execution(self, verdict: Verdict) -> None:
+        with self._lock:
+            self._counts["executions"] += 1
+            self._exec_s += verdict.wall_s
+
+    def count_scores(self, scores: Sequence[Score]) -> None:
+        with self._lock:
+            self._counts["scores"] += len(scores)
+            self._counts["errors"] += sum(score.status is not ScoreStatus.OK for score in scores)
+
+    def take(self) -> dict[str, float]:
+        with self._lock:
+            counts, exec_s = self._counts, self._exec_s
+            self._counts, self._exec_s = Counter(), 0.0
+        taken: dict[str, float] = {}
+        if counts["scores"]:
+            taken["reward/frac_error"] = counts["errors"] / counts["scores"]
+        if counts["verdicts"]:
+            taken["sandbox/frac_timeout"] = counts[VerdictStatus.TIMEOUT.value] / counts["verdicts"]
+            taken["sandbox/frac_error"] = counts[VerdictStatus.SANDBOX_ERROR.value] / counts["verdicts"]
+            taken["perf/sandbox_executions"] = float(counts["executions"])
+            taken["perf/sandbox_cache_hits"] = float(counts["verdicts"] - counts["executions"])
+            taken["time_s/sandbox"] = exec_s
+        return taken
