@@ -1,12 +1,20 @@
 """Recipes: values by declared type, overrides, and every mistake at once with its place and remedy."""
 
+import ast
+import inspect
+import itertools
 import pickle
+import textwrap
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from cispo.errors import RecipeError
 from cispo.objective_settings import GrpoSettings
+from cispo.recipe.declared import settings_classes
 from cispo.recipe.load import read_recipe
 from cispo.recipe.schema import TrainRecipe
 from cispo.recipe.sft_schema import SftRecipe
@@ -242,20 +250,35 @@ def test_recipe_is_immutable_and_crosses_processes(write: Write) -> None:
 
 @pytest.mark.parametrize("settings", [TrainRecipe, SftRecipe])
 def test_every_setting_says_what_it_is(settings: type[TrainRecipe] | type[SftRecipe]) -> None:
-    from cispo.recipe.declared import settings_classes
-
-    waiting, seen, silent = [settings], set(), []
-    while waiting:
-        section = waiting.pop()
-        if section in seen:
-            continue
-        seen.add(section)
+    waiting: list[type[BaseModel]] = [settings]
+    silent = []
+    for section in waiting:
+        described = documented_fields(section)
         for name, field in section.model_fields.items():
             below = settings_classes(field.annotation)
-            waiting += below  # type: ignore[arg-type]  # any settings class
-            if not below and name != "name" and not field.description:
+            waiting += [found for found in below if found not in waiting]
+            if not below and name not in described and not is_tag(field):
                 silent.append(f"{section.__name__}.{name}")
     assert not silent
+
+
+def is_tag(field: FieldInfo) -> bool:
+    """`name: cispo` says which settings class it stands in."""
+    return get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+
+
+def documented_fields(section: type[BaseModel]) -> set[str]:
+    """Fields with a docstring below them, in a class or the classes it extends."""
+    found: set[str] = set()
+    for kind in section.__mro__[:-1]:
+        if issubclass(kind, BaseModel) and kind is not BaseModel:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+            assert isinstance(tree, ast.ClassDef)
+            for before, after in itertools.pairwise(tree.body):
+                is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and is_text:
+                    found.add(before.target.id)
+    return found
 
 
 def test_packaged_recipes_are_valid() -> None:

@@ -12,7 +12,7 @@ from cispo.recipe.document import SettingPath
 from cispo.recipe.schema import TrainRecipe
 from cispo.recipe.sft_schema import SftRecipe
 from cispo.resources import BUNDLED, resolve_policy
-from cispo.rewards.resolve import resolve_reward
+from cispo.rewards.resolve import check_reward
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -102,7 +102,7 @@ def _data_mistakes(path: SettingPath, data: DataSettings, base_path: Path) -> li
 def _reward_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     found: list[FileMistake] = []
     for index, reward in enumerate(recipe.rewards):
-        texts = _messages(partial(resolve_reward, reward.name, base_path=recipe.base_path))
+        texts = _messages(partial(check_reward, reward, base_path=recipe.base_path))
         found += [(("rewards", index, "name"), text) for text in texts]
     return found
 
