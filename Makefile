@@ -16,10 +16,14 @@ MAKEFLAGS += --no-print-directory
 
 setup: bubblewrap $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "make setup: $(PYTHON) is $$($(PYTHON) --version 2>&1), but cispo needs Python 3.11 or later; run: make setup PYTHON=python3.12" >&2; exit 1; }
-	@test -x $(BIN)/python || { echo "Creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make setup: $(PYTHON) is" \
+		"$$($(PYTHON) --version 2>&1), but cispo needs 3.11 or later; run: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# The interpreter must be there, but its date says nothing: it is a link to one that is older or newer.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned dependencies into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -27,7 +27,7 @@ examples:
   cispo train code --dry-run                        every setting, where it comes from, and the plan
   cispo train code --name first learner.learning_rate=1e-4
   cispo train code --name first --resume            go on where it stopped
-  cispo eval code --policy runs/first/checkpoints/step_000010
+  cispo eval code --policy runs/first/checkpoints/step_000010/policy
 """
 
 

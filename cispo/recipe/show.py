@@ -40,7 +40,7 @@ def train_plan(recipe: TrainRecipe) -> str:
         ("tokens a step", f"at most {completions * rollout.max_completion_tokens:,} in completions"),
         ("updates a step", f"{learner.updates_per_step}, so {learner.updates_per_step * recipe.steps:,} in the run"),
         ("evaluations", _evaluations(recipe)),
-        ("actors", f"{rollout.workers} rollout, 1 reward ({recipe.sandbox.workers} sandboxes at a time), 1 learner"),
+        ("actors", f"{rollout.workers} rollout, {recipe.sandbox.workers} reward, 1 learner"),
         *_memory_rows(recipe),
     ]
     return _table(rows)
