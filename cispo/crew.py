@@ -168,5 +168,5 @@ class Crew:
 
 
 def _gpus() -> float:
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray annotates it not
+    resources: dict[str, float] = ray.cluster_resources()
     return resources.get("GPU", 0.0)

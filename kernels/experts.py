@@ -7,6 +7,7 @@ Both copies are gathers in the backward too, so gradients add up in one order.
 N packed tokens, D model width, E experts, K experts a token, F expert width, R rows of the padded buffer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,10 @@ class _Combine(torch.autograd.Function):
         return drows_RD, dweight_NK, None
 
 
+_permute: Callable[..., Tensor] = _Permute.apply
+_combine: Callable[..., Tensor] = _Combine.apply
+
+
 def _weighted_sum(rows_NKD: Tensor, weight_NK: Tensor) -> Tensor:
     total_ND = rows_NKD[:, 0].float() * weight_NK[:, 0, None]
     for choice in range(1, rows_NKD.shape[1]):
@@ -123,12 +128,11 @@ def swiglu_experts(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF
     gate_up_EFD: [E, 2F, D], gate rows first, then up rows. down_EDF: [E, D, F].
     """
     dispatch = _dispatch(routing.expert_ids_NK, gate_up_EFD.shape[0])
-    buffer_RD: Tensor = _Permute.apply(x_ND, dispatch)
+    buffer_RD = _permute(x_ND, dispatch)
     gate_RF, up_RF = grouped_product(buffer_RD, gate_up_EFD, dispatch.row_ends_E).chunk(2, dim=-1)
     hidden_RF = torch.nn.functional.silu(gate_RF) * up_RF
     out_RD = grouped_product(hidden_RF, down_EDF, dispatch.row_ends_E)
-    combined: Tensor = _Combine.apply(out_RD, routing.weight_NK, dispatch)
-    return combined
+    return _combine(out_RD, routing.weight_NK, dispatch)
 
 
 def swiglu_experts_dense(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:

@@ -120,5 +120,6 @@ def head_policy_loss(
     hidden_ND: final hidden states, one row a loss token. weight_VD: LM head. targets_N: int64 token ids.
     coefficients: called once a block, in order, on detached float32 logprobs. temperature: > 0.
     """
-    loss, logprob_N, entropy_N = _HeadPolicyLoss.apply(hidden_ND, weight_VD, targets_N, coefficients, temperature)
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _HeadPolicyLoss.apply
+    loss, logprob_N, entropy_N = apply(hidden_ND, weight_VD, targets_N, coefficients, temperature)
     return HeadLoss(loss=loss, logprob_N=logprob_N, entropy_N=entropy_N)

@@ -14,6 +14,7 @@ library's products do not depend on the row count (see cispo.model.arithmetic).
 N packed tokens, M chunks, B sequences, H heads, C = 64 rows of a chunk, D head dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +114,8 @@ def lightning_attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, slopes: Dec
     q_NHD, k_NHD, v_NHD: packed rows [N, H, D], any float dtype. slopes: `decays` of the layer. No 1/sqrt(D) scale.
     """
     grids = [grid.scatter(x.float()) for x in (q_NHD, k_NHD, v_NHD)]
-    out: Tensor = _LightningAttention.apply(*grids, grid, slopes)
-    return grid.gather(out)
+    apply: Callable[..., Tensor] = _LightningAttention.apply
+    return grid.gather(apply(*grids, grid, slopes))
 
 
 def lightning_final_state(

@@ -8,6 +8,7 @@ N packed tokens, M chunks (query and key tiles alike), B sequences, H query head
 key head, C = 64 rows of a tile, D head dim, P pages of a cache.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ def softmax_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, grid: ChunkGr
     key_heads = k_NKD.shape[1]
     q = grid.scatter(q_NHD.float() * dim**-0.5)
     q = q.view(-1, key_heads, heads // key_heads * CHUNK_LENGTH, dim)
-    out: Tensor = _SoftmaxAttention.apply(q, grid.scatter(k_NKD.float()), grid.scatter(v_NKD.float()), grid)
+    apply: Callable[..., Tensor] = _SoftmaxAttention.apply
+    out = apply(q, grid.scatter(k_NKD.float()), grid.scatter(v_NKD.float()), grid)
     return grid.gather(out.view(-1, heads, CHUNK_LENGTH, dim))
 
 

@@ -64,7 +64,8 @@ class Layer(nn.Module):
 
     def decode(self, h_BD: Tensor, rotary: Tensor, step: DecodeStep, state: State) -> Tensor:
         x_BD = F.rms_norm(h_BD, self.mixer_norm.shape, self.mixer_norm, self.epsilon)
-        return self._channel_mix(x_BD, self.mixer.decode(x_BD, rotary, step, state))
+        mixed_BD: Tensor = self.mixer.decode(x_BD, rotary, step, state)
+        return self._channel_mix(x_BD, mixed_BD)
 
     def _channel_mix(self, x_ND: Tensor, mixed_ND: Tensor) -> Tensor:
         h_ND = self.mixer_alpha * x_ND + self.mixer_beta * mixed_ND
