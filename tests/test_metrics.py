@@ -1,12 +1,15 @@
 import math
 import pickle
 import random
+import re
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from cispo.metric_table import METRICS, MetricNameError, check_names, find_metric, render_metrics_doc
 from cispo.metrics import Last, Max, Mean, Quantile, Std, StepMetrics, Sum
@@ -28,7 +31,7 @@ def test_mean_weighs_its_records() -> None:
 
 
 def test_sum_max_last() -> None:
-    assert reduced("sandbox/executions", Sum(1), Sum(1), Sum(3)) == 5.0
+    assert reduced("perf/sandbox_executions", Sum(1), Sum(1), Sum(3)) == 5.0
     assert reduced("policy/mismatch/max", Max(-2.0), Max(-1.0)) == -1.0
     assert reduced("optim/lr", Last(0.1), Last(0.2)) == 0.2
 
@@ -139,6 +142,28 @@ def test_health_of_values() -> None:
     assert not row.is_healthy(0.89) and not row.is_healthy(1.11) and not row.is_healthy(math.nan)
     free = next(metric for metric in METRICS if metric.name == "loss/policy")
     assert free.is_healthy(-1e9) and not free.is_healthy(math.inf)
+
+
+def test_settings_named_in_the_table_and_in_advice_exist() -> None:
+    from cispo.recipe.schema import TrainRecipe
+
+    advice = Path(__file__).parents[1] / "cispo" / "views" / "advice.py"
+    text = "\n".join([advice.read_text(), *(f"{metric.meaning}\n{metric.action}" for metric in METRICS)])
+    names = setting_names(TrainRecipe)
+    sections = "|".join({name.split(".")[0] for name in names if "." in name})
+    named = set(re.findall(rf"\b((?:{sections})\.[a-z_]+)", text))
+    assert "learner.learning_rate" in named
+    assert named - names == set()
+
+
+def setting_names(section: Any, prefix: str = "") -> set[str]:
+    """Dotted names of all settings below a pydantic model, whichever variant of a union has them."""
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        fields = section.model_fields.items()
+        return {prefix + name for name in section.model_fields}.union(
+            *(setting_names(field.annotation, f"{prefix}{name}.") for name, field in fields)
+        )
+    return set().union(*(setting_names(variant, prefix) for variant in get_args(section)))
 
 
 def test_the_metrics_page_is_current() -> None:

@@ -27,6 +27,8 @@ CURVES = (
     ("reward", "reward/mean"),
     ("entropy", "policy/entropy"),
     ("length", "completion/length_tokens/mean"),
+    ("loss", "sft/loss"),
+    ("held-out loss", "sft/heldout_loss"),
 )
 
 
@@ -147,8 +149,8 @@ class LiveView(View):
 
     def _sandbox_row(self) -> str:
         counters = (
-            ("sandbox/executions", number, "executions"),
-            ("sandbox/cache_hits", number, "from cache"),
+            ("perf/sandbox_executions", number, "executions"),
+            ("perf/sandbox_cache_hits", number, "from cache"),
             ("sandbox/frac_timeout", percent, "timed out"),
             ("sandbox/frac_error", percent, "failed"),
         )

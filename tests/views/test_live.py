@@ -39,7 +39,7 @@ def test_the_panel_shows_phase_curves_speed_and_sandbox() -> None:
                     "reward/mean": step / 10,
                     "policy/entropy": 1.0 - step / 20,
                     "perf/completion_tokens_per_s": 1834.0,
-                    "sandbox/executions": 512.0,
+                    "perf/sandbox_executions": 512.0,
                     "sandbox/frac_timeout": 0.02,
                     **({"eval/heldout/pass@1": 0.25} if step == 5 else {}),
                 },
