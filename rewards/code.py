@@ -80,8 +80,8 @@ def parse_tests(tests: object) -> list[Mapping[str, Any]]:
 def verdict_score(verdict: Verdict, value: float, parts: Mapping[str, float]) -> Score:
     """A score with the verdict in its info; an error when the sandbox failed, as then nothing is known."""
     if verdict.status is VerdictStatus.SANDBOX_ERROR:
-        return Score(0.0, ScoreStatus.ERROR, message=verdict.message)
-    info: dict[str, Any] = {"status": verdict.status.value, "passed": verdict.passed, "total": verdict.total}
+        return Score(0.0, ScoreStatus.ERROR, info={"verdict": verdict.status.value}, message=verdict.message)
+    info: dict[str, Any] = {"verdict": verdict.status.value, "passed": verdict.passed, "total": verdict.total}
     info |= {"flags": list(verdict.flags)} if verdict.flags else {}
     info |= {"message": verdict.message} if verdict.message else {}
     return Score(value, parts=parts, info=info)

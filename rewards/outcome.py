@@ -23,23 +23,27 @@ def as_score(reward: LoadedReward, prompt_id: str, rollout: Rollout, outcome: ob
     except RewardError as error:
         file = f" ({reward.file})" if reward.file else ""
         where = f"prompt {prompt_id!r}, completion {rollout.completion_index}"
-        return Score(0.0, ScoreStatus.ERROR, message=one_line(f"reward {reward.label!r}{file}: {error}; {where}"))
+        message = one_line(f"reward {reward.label!r}{file}: {error}; {where}")
+        return Score(0.0, ScoreStatus.ERROR, info=_info_of_error(outcome), message=message)
 
 
 def add_scores(rewards: Sequence[LoadedReward], scores: Sequence[Score]) -> Score:
-    """The weighted sum, with the parts of each reward under its label; an error when one of them is."""
+    """The weighted sum, with each reward's value under its label beside its own parts; an error when one of them is."""
     value = 0.0
-    parts: dict[str, float] = {}
     info: dict[str, Any] = {}
     messages: list[str] = []
+    parts = {reward.label: score.value for reward, score in zip(rewards, scores, strict=True)}
     for reward, score in zip(rewards, scores, strict=True):
+        for name, detail in score.info.items():
+            if info.get(name, detail) != detail:
+                name = f"{reward.label}.{name}"
+            info[name] = detail
         if score.status is not ScoreStatus.OK:
             messages.append(score.message)
+            del parts[reward.label]
             continue
         value += reward.settings.weight * score.value
-        parts[reward.label] = score.value
-        parts |= {f"{reward.label}.{name}": part for name, part in score.parts.items()}
-        info |= {reward.label: dict(score.info)} if score.info else {}
+        parts |= {name if name not in parts else f"{reward.label}.{name}": part for name, part in score.parts.items()}
     if not messages and not math.isfinite(value):
         messages.append(f"the weighted sum of the rewards is {value}; lower a weight")
     if messages:
@@ -78,6 +82,13 @@ def _checked_info(info: object) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise RewardError(f"returned a Score whose info is no JSON object ({one_line(error)})") from error
     return dict(info)
+
+
+def _info_of_error(outcome: object) -> dict[str, Any]:
+    try:
+        return _checked_info(outcome.info) if isinstance(outcome, Score) else {}
+    except RewardError:
+        return {}
 
 
 def _finite(value: object, what: str) -> float:

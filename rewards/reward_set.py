@@ -1,14 +1,12 @@
 """All rewards of a recipe together: a group of completions goes in, one Score each comes out.
 
-The value is the sum of weight * value over the rewards. A part is kept for each reward, by its name, and for each part
-of its own, as `name.part`. A reward that raises, takes too long, or returns no finite number makes the Score an error,
-which masks the sample; it never counts as 0 and never ends the run. Functions of the user's run in this process; text
-of the policy's is never run here.
+The value is the sum of weight * value over the rewards. Each reward's own value is a part by its name, and the parts
+and info that it gives are kept; where two rewards give the same name, the later one's is `reward.name`. A reward that
+raises, takes too long, or returns no finite number makes the Score an error, which masks the sample; it never counts as
+0 and never ends the run. Functions of the user's run in this process; text of the policy's is never run here.
 """
 
 import copy
-import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,12 +18,13 @@ from cispo.rewards.loaded import LoadedReward, load_rewards
 from cispo.rewards.outcome import add_scores, as_score
 from cispo.rewards.plugin_thread import PluginThread
 from cispo.rewards.settings import RewardSettings
+from cispo.rewards.statistics import Counters
 from cispo.sandboxes.backends import open_sandbox
 from cispo.sandboxes.judge import judge_calls
 from cispo.sandboxes.settings import SandboxSettings
-from cispo.sandboxes.types import Verdict, VerdictStatus
+from cispo.sandboxes.types import Verdict
 from cispo.sandboxes.verdict_cache import VerdictCache, verdict_key
-from cispo.types import Group, Rollout, Score, ScoreStatus
+from cispo.types import Group, Rollout, Score
 
 
 class RewardSet:
@@ -46,7 +45,7 @@ class RewardSet:
         self._max_completion_tokens = max_completion_tokens
         self._limits = sandbox.limits()
         self._cache = VerdictCache()
-        self._counters = _Counters()
+        self._counters = Counters()
         needs_sandbox = any(reward.takes("judge") for reward in self._rewards)
         self._sandbox = open_sandbox(sandbox.backend, workers=sandbox.workers) if needs_sandbox else None
         self._pool = ThreadPoolExecutor(sandbox.workers, thread_name_prefix="reward")
@@ -56,15 +55,13 @@ class RewardSet:
         """One score for each rollout of the group, in order. Raises nothing for what a reward or a sandbox does."""
         columns = [self._run(reward, group) for reward in self._rewards]
         rows = [[column[index] for column in columns] for index in range(len(group.rollouts))]
-        scores = tuple(add_scores(self._rewards, row) for row in rows)
-        self._counters.count_scores(scores)
-        return scores
+        return tuple(add_scores(self._rewards, row) for row in rows)
 
     def judge(self, code: str, entry_point: str, tests: Sequence[Mapping[str, Any]]) -> Verdict:
         """The verdict on a program, from memory where it is known. A failing sandbox gives the status sandbox_error."""
         key = verdict_key(code, entry_point, tests, self._limits)
         verdict = self._cache.get_or_judge(key, partial(self._execute, code, entry_point, tests))
-        self._counters.count_verdict(verdict)
+        self._counters.count_verdict()
         return verdict
 
     def _execute(self, code: str, entry_point: str, tests: Sequence[Mapping[str, Any]]) -> Verdict:
@@ -96,10 +93,7 @@ class RewardSet:
         return reward.function(group.prompt.text, rollout.text, **reward.keywords(row, supplied))
 
     def statistics(self) -> dict[str, float]:
-        """Counts since the last call, by metric name; a name is absent when there was nothing to count.
-
-        What depends on the history of this process (the memory of verdicts, the clock) is under perf/ and time_s/.
-        """
+        """Counts since the last call, by metric name, to be added up over reward workers; empty without verdicts."""
         return self._counters.take()
 
     def close(self) -> None:
@@ -115,42 +109,3 @@ def _outcome(call: Callable[[], Any]) -> Any:
         return call()
     except Exception as error:  # becomes a score with status error
         return error
-
-
-class _Counters:
-    """Counts that many threads add to and one takes."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-        self._exec_s = 0.0
-
-    def count_verdict(self, verdict: Verdict) -> None:
-        with self._lock:
-            self._counts["verdicts"] += 1
-            self._counts[verdict.status.value] += 1
-
-    def count_execution(self, verdict: Verdict) -> None:
-        with self._lock:
-            self._counts["executions"] += 1
-            self._exec_s += verdict.wall_s
-
-    def count_scores(self, scores: Sequence[Score]) -> None:
-        with self._lock:
-            self._counts["scores"] += len(scores)
-            self._counts["errors"] += sum(score.status is not ScoreStatus.OK for score in scores)
-
-    def take(self) -> dict[str, float]:
-        with self._lock:
-            counts, exec_s = self._counts, self._exec_s
-            self._counts, self._exec_s = Counter(), 0.0
-        taken: dict[str, float] = {}
-        if counts["scores"]:
-            taken["reward/frac_error"] = counts["errors"] / counts["scores"]
-        if counts["verdicts"]:
-            taken["sandbox/frac_timeout"] = counts[VerdictStatus.TIMEOUT.value] / counts["verdicts"]
-            taken["sandbox/frac_error"] = counts[VerdictStatus.SANDBOX_ERROR.value] / counts["verdicts"]
-            taken["perf/sandbox_executions"] = float(counts["executions"])
-            taken["perf/sandbox_cache_hits"] = float(counts["verdicts"] - counts["executions"])
-            taken["time_s/sandbox"] = exec_s
-        return taken
