@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -262,9 +263,13 @@ def _write_output(decoder: Decoder, tokenizer: Tokenizer, output: Path) -> None:
 def _repeatable() -> Iterator[None]:
     """Only algorithms that give the same bits each time, so that a resumed run equals one left alone."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic  # its settings exist at run time only
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    # Filling every new tensor, which the mode does to make reads of unwritten memory repeat, costs a tenth of a step.
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
