@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cispo.errors import RecipeError
 from cispo.objective_settings import GrpoSettings
+from cispo.recipe.convert import convert
 from cispo.recipe.declared import settings_classes
+from cispo.recipe.document import COMMAND_LINE, Mistake, Origin, ScalarNode, read_document
 from cispo.recipe.load import read_recipe
 from cispo.recipe.schema import TrainRecipe
 from cispo.recipe.sft_schema import SftRecipe
@@ -287,3 +291,27 @@ def test_packaged_recipes_are_valid() -> None:
         recipe = read_recipe(path, (), settings).recipe
         assert recipe.name == name
         assert path.read_text(encoding="utf-8").startswith("# "), "the first line says what the recipe is for"
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, min_value=1e-300, max_value=1e300))
+def test_every_spelling_of_a_number_is_that_number(value: float) -> None:
+    for text in (repr(value), f"{value:e}", f"{value:E}"):
+        found: list[Mistake] = []
+        node = ScalarNode(text, True, Origin("r.yaml", 1))
+        assert convert(node, float, ("x",), found) == float(text)
+        assert not found
+
+
+@given(st.text(max_size=12), st.sampled_from([int, float, bool, float | None, tuple[float, float], list[int]]))
+def test_no_text_breaks_the_reader(text: str, kind: object) -> None:
+    for source in ("r.yaml", COMMAND_LINE):
+        found: list[Mistake] = []
+        convert(ScalarNode(text, True, Origin(source)), kind, ("x",), found)
+        assert len(found) <= 2
+
+
+@given(st.text(st.sampled_from("ab1:-[]{},&*#!?|>'\"~ \n\t%@") | st.characters(), max_size=40))
+def test_no_file_breaks_the_reader(text: str) -> None:
+    document = read_document(text, "r.yaml")
+    lines = text.count("\n") + text.count("\r") + text.count("\x85") + text.count("\u2028") + text.count("\u2029") + 1
+    assert all(1 <= mistake.origin.line <= lines + 1 for mistake in document.mistakes)
