@@ -1,10 +1,7 @@
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -141,46 +138,53 @@ def test_a_failing_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step_000001", "step_000002"]
 
 
-WRITER = """
-import sys, time, torch
+KILLS = """
+import os, random, signal, sys, time
 from pathlib import Path
-from cispo.checkpoint import prune_checkpoints, write_checkpoint
+import torch
+from cispo.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, write_checkpoint
 
 def write_policy(path):
     with (path / "model.safetensors").open("wb") as file:
-        for part in range(8):
-            file.write(bytes([part]) * 50_000)
+        for part in range(4):
+            file.write(bytes([part]) * 20_000)
             file.flush()
             time.sleep(0.0005)
 
-folder = Path(sys.argv[1])
-for step in range(int(sys.argv[2]), 10_000):
-    state = {"step": torch.full((100_000,), float(step))}
-    path = folder / f"step_{step:06d}"
-    write_checkpoint(path, write_policy=write_policy, learner_state=state, loop_state={"s": step})
-    prune_checkpoints(folder, keep=2)
-    print(step, flush=True)
+def write_for_ever(folder, step, done):
+    while True:
+        path, state = folder / f"step_{step:06d}", {"step": torch.full((20_000,), float(step))}
+        write_checkpoint(path, write_policy=write_policy, learner_state=state, loop_state={"step": step})
+        prune_checkpoints(folder, keep=2)
+        os.write(done, b"x")
+        step += 1
+
+folder, rng, step = Path(sys.argv[1]), random.Random(0), 0
+for _ in range(25):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        write_for_ever(folder, step + 1, writer)
+    os.close(writer)
+    reported = len(os.read(reader, 1))
+    time.sleep(rng.uniform(0.0, 0.03))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while more := os.read(reader, 4096):
+        reported += len(more)
+    os.close(reader)
+    checkpoints = [load_checkpoint(path) for path in list_checkpoints(folder)]
+    for checkpoint in checkpoints:
+        assert float(checkpoint.learner_state["step"][-1]) == checkpoint.loop_state["step"] == checkpoint.step
+    newest = checkpoints[-1].step
+    assert newest - step - reported in (0, 1), "what was reported as saved is there"
+    step = newest
+print(step)
 """
 
 
 def test_a_kill_at_any_moment_leaves_good_checkpoints_only(tmp_path: Path) -> None:
-    rng = random.Random(1)
-    done = 0
-    for _ in range(4):
-        command = [sys.executable, "-c", WRITER, str(tmp_path), str(done + 1)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True) as writer:
-            assert writer.stdout is not None
-            done = int(writer.stdout.readline())
-            time.sleep(rng.uniform(0.0, 0.05))
-            os.killpg(writer.pid, signal.SIGKILL)
-            reported = [int(line) for line in writer.stdout.read().split()]
-        done = max([done, *reported])
-        paths = list_checkpoints(tmp_path)
-        for path in paths:
-            checkpoint = load_checkpoint(path)
-            assert float(checkpoint.learner_state["step"][-1]) == checkpoint.loop_state["s"] == checkpoint.step
-        newest = load_checkpoint(paths[-1]).step
-        assert newest in (done, done + 1), "what was reported as saved is there"
-        done = newest
-    save(tmp_path, done + 1)
+    killed = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert killed.returncode == 0, killed.stderr
+    save(tmp_path, int(killed.stdout) + 1)
     assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
