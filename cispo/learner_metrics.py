@@ -13,7 +13,7 @@ from torch import Tensor
 from cispo.advantage import AdvantageBatch, Float64Array
 from cispo.batch import TokenBatch
 from cispo.objective import Coefficients
-from cispo.types import ScoredGroup
+from cispo.types import Int32Array, ScoredGroup
 
 _MEANS = {
     "ratio": "policy/ratio/mean",
@@ -32,7 +32,7 @@ class StepRecord:
         self._sums: dict[str, float] = defaultdict(float)
         self._ratio_max = 0.0
         self._mismatch: list[Float64Array] = []
-        self._ages: list[int] = []
+        self._ages: list[Int32Array] = []
         self._norms: list[float] = []
         self._learning_rate = 0.0
         self._dropped = 0
@@ -46,7 +46,7 @@ class StepRecord:
                 if not is_scored:
                     self._sums["unscored_tokens"] += int(sampled.sum())
                 elif advantage.group in advantages.kept:
-                    self._ages += (self._policy_version - rollout.policy_versions_T[sampled]).tolist()
+                    self._ages.append(self._policy_version - rollout.policy_versions_T[sampled])
 
     def add_micro_batch(self, result: Coefficients, entropy_N: Tensor, *, tokens: int) -> None:
         """Add one micro batch of `tokens` packed tokens."""
@@ -85,6 +85,7 @@ class StepRecord:
     def _training(self, seconds: float) -> dict[str, float]:
         sums, tokens = self._sums, self._sums["tokens"]
         unscored = sums["unscored_tokens"]
+        ages = np.concatenate(self._ages)
         metrics = {metric: sums[name] / tokens for name, metric in _MEANS.items() if name in sums}
         return metrics | {
             "loss/policy": sums["loss"] / len(self._norms),
@@ -92,8 +93,8 @@ class StepRecord:
             "policy/ratio/max": self._ratio_max,
             "optim/grad_norm": max(self._norms),
             "optim/lr": self._learning_rate,
-            "off_policy/steps/mean": sum(self._ages) / len(self._ages),
-            "off_policy/steps/max": float(max(self._ages)),
+            "off_policy/steps/mean": float(ages.mean()),
+            "off_policy/steps/max": float(ages.max()),
             "perf/learner_tokens_per_s": sums["packed_tokens"] / seconds,
         }
 

@@ -73,6 +73,8 @@ def _example(prompt: Prompt, tokenizer: Tokenizer, settings: DataSettings) -> Ex
             f"(it has {', '.join(sorted(prompt.row)) or 'no others'}); name its column under data.columns"
         )
     prompt_ids = tokenizer.render_prompt(prompt.text)
+    if not prompt_ids:
+        raise DataError(f"{settings.path}: the prompt of row {prompt.id} renders to no tokens; give it a text")
     ids = [*prompt_ids, *tokenizer.encode(completion), tokenizer.eos_id]
     return Example(np.array(ids, dtype=np.int32), len(prompt_ids))
 
