@@ -1,5 +1,6 @@
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -60,7 +61,7 @@ def decoder(dtype: torch.dtype = torch.float32) -> Decoder:
     return model.to(dtype)
 
 
-def learner(model: Decoder | None = None, objective: dict[str, object] | None = None, **settings: object) -> Learner:
+def learner(model: Decoder | None = None, objective: Mapping[str, object] | None = None, **settings: object) -> Learner:
     model = decoder() if model is None else model
     parsed = TypeAdapter[ObjectiveSettings](ObjectiveSettings).validate_python(objective or {"name": "cispo"})
     return Learner(
@@ -267,6 +268,12 @@ def test_the_anchor_is_what_the_ratio_is_taken_to() -> None:
     proximal = learner(copy.deepcopy(model), {"name": "cispo", "anchor": "proximal"}).train(groups, 1)
     assert rollout["policy/ratio/mean"] == pytest.approx(2.0, rel=1e-5)
     assert proximal["policy/ratio/mean"] == proximal["policy/ratio/max"] == 1.0
+
+
+def test_the_learning_rate_follows_the_schedule_over_updates() -> None:
+    subject = learner(learning_rate=1e-3, warmup_updates=5, schedule="linear", updates_per_step=2)
+    rates = [subject.train(sampled_groups(subject.decoder, 4, seed=s), s)["optim/lr"] for s in range(4)]
+    assert rates == pytest.approx([4e-4, 8e-4, 1e-3, 1e-3 * (1 - 2 / 95)])
 
 
 def test_kl_is_to_the_frozen_reference() -> None:
