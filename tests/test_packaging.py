@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -23,16 +24,15 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def tracked_files() -> list[str]:
-    """Files that belong to the project, whether committed yet or not."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.splitlines()
-    return [name for name in listed if (ROOT / name).is_file()]
+def package_files() -> list[str]:
+    """Every file of the package by its place in the tree."""
+    found = []
+    for folder in ("cispo", *FOLDERS):
+        # The links in cispo/ are not followed: what they lead to is walked by itself.
+        for place, below, names in os.walk(ROOT / folder):
+            below[:] = [name for name in below if name != "__pycache__"]
+            found += [str((Path(place) / name).relative_to(ROOT)) for name in names]
+    return sorted(found)
 
 
 def in_package(name: str) -> str:
@@ -44,9 +44,10 @@ def in_package(name: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of the project's files, built without network from a copy, so that nothing stale gets in."""
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
-    files = tracked_files()
     links = [f"cispo/{folder}" for folder in FOLDERS]
-    subprocess.run(["tar", "-cf", str(copy / "tree.tar"), *files, *links], cwd=ROOT, check=True)
+    metadata = [name for name in ("pyproject.toml", "LICENSE", "README.md") if (ROOT / name).exists()]
+    files = [*package_files(), *links, *metadata]
+    subprocess.run(["tar", "-cf", str(copy / "tree.tar"), *files], cwd=ROOT, check=True)
     subprocess.run(["tar", "-xf", "tree.tar"], cwd=copy, check=True)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "."]
     subprocess.run([*command, "-w", str(out)], cwd=copy, check=True, capture_output=True)
@@ -55,19 +56,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_listed_packages_are_those_of_the_tree() -> None:
-    found = {
-        in_package(name).removesuffix("/__init__.py").replace("/", ".")
-        for name in tracked_files()
-        if name.endswith("/__init__.py") and name.split("/")[0] in ("cispo", *FOLDERS)
-    }
-    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == found
+    found = [name for name in package_files() if name.endswith("/__init__.py")]
+    names = {in_package(name).removesuffix("/__init__.py").replace("/", ".") for name in found}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == names
 
 
 def test_every_folder_with_code_is_a_package() -> None:
-    folders = {str(Path(name).parent) for name in tracked_files() if name.endswith(".py")}
-    ours = [folder for folder in folders if folder.split("/")[0] in ("cispo", *FOLDERS)]
+    folders = {Path(name).parent for name in package_files() if name.endswith(".py")}
     # Plugins are files that a recipe names, not modules.
-    assert not [name for name in ours if "plugins" not in name and not (ROOT / name / "__init__.py").is_file()]
+    folders.discard(Path("recipes/plugins"))
+    assert not [folder for folder in folders if not (ROOT / folder / "__init__.py").is_file()]
 
 
 def test_version_comes_from_one_place() -> None:
@@ -79,8 +77,8 @@ def test_every_import_is_a_declared_dependency() -> None:
     declared = {normal(re.split(r"[\[><=~! ]", item)[0]) for item in PYPROJECT["project"]["dependencies"]}
     known = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in declared}
     foreign: dict[str, str] = {}
-    for name in tracked_files():
-        if not name.endswith(".py") or name.split("/")[0] not in ("cispo", *FOLDERS):
+    for name in package_files():
+        if not name.endswith(".py"):
             continue
         for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -103,12 +101,7 @@ def test_pins_cover_what_is_declared_and_leave_cuda_to_torch() -> None:
 
 def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {
-        in_package(name)
-        for name in tracked_files()
-        if name.split("/")[0] in ("cispo", *FOLDERS) and not name.endswith(".md")
-    }
-    assert wanted <= inside
+    assert {in_package(name) for name in package_files()} <= inside
     assert {"cispo/py.typed", "cispo/recipes/code.yaml", "cispo/kernels/__init__.py"} <= inside
     top_level = {name.split("/")[0] for name in inside}
     assert top_level == {"cispo", f"cispo-{cispo.__version__}.dist-info"}
@@ -146,6 +139,42 @@ def test_wheel_works_from_any_folder(wheel: Path, tmp_path: Path) -> None:
     assert found.split() == [f"{site}/cispo/recipes/code.yaml", f"{site}/cispo/model/assets/tiny"]
 
 
-def test_make_needs_no_second_setup() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert re.search(r"^\$\(STAMP\): pyproject\.toml constraints\.txt$", makefile, re.MULTILINE)
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder with the Makefile and an environment whose programs only note how they are called."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("python", "cispo", "bwrap"):
+        program = tmp_path / ".venv" / "bin" / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> calls\n')
+        program.chmod(0o755)
+    return tmp_path
+
+
+def make(clone: Path, *words: str) -> list[str]:
+    """What a `make` calls."""
+    # bwrap is found on any machine, so that nothing is installed here.
+    environment = {**os.environ, "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}"}
+    (clone / "calls").write_text("")
+    subprocess.run(["make", *words, "PYTHON=false"], cwd=clone, env=environment, check=True, capture_output=True)
+    return (clone / "calls").read_text().splitlines()
+
+
+def test_make_sets_up_once_and_again_when_pins_change(clone: Path) -> None:
+    (call,) = make(clone, "setup")
+    assert call.startswith("python -m pip install") and call.endswith("-c constraints.txt -e .[dev]")
+    assert make(clone) == []
+    later = (clone / ".venv" / ".installed").stat().st_mtime + 5
+    os.utime(clone / "constraints.txt", (later, later))
+    assert len(make(clone, "setup")) == 1
+
+
+def test_make_train_takes_the_next_free_name(clone: Path) -> None:
+    make(clone, "setup")
+    calls = []
+    for name in ("code", "code-2", "code-3"):
+        calls += make(clone, "train")
+        (clone / "runs" / name).mkdir(parents=True)
+    assert calls == [f"cispo train recipes/code.yaml --name {name}" for name in ("code", "code-2", "code-3")]
+    assert make(clone, "train", "RUN=mine") == ["cispo train recipes/code.yaml --name mine"]
