@@ -11,6 +11,7 @@ The rule: the code is the content of the last fenced block, and the whole comple
 - The opening fence's indentation is taken off each line of the block, so far as the line has it.
 """
 
+import os.path
 import re
 from dataclasses import dataclass
 
@@ -55,6 +56,4 @@ def _opened_by(line: str) -> _Block | None:
 
 
 def _without_indent(line: str, indent: str) -> str:
-    if line.startswith(indent):
-        return line[len(indent) :]
-    return line.lstrip(" \t") if not line[: len(indent)].strip() else line
+    return line[len(os.path.commonprefix([line, indent])) :]

@@ -141,16 +141,19 @@ def _make(parent: Path | None, name: str) -> Path | None:
 
 def _make_v2(own: Path, name: str) -> Path | None:
     for parent in (own, own.parent):
-        control = parent / "cgroup.subtree_control"
-        if not control.exists():
-            continue
+        if _hands_on_controllers(parent / "cgroup.subtree_control") and (folder := _make(parent, name)):
+            return folder
+    return None
+
+
+def _hands_on_controllers(control: Path) -> bool:
+    wanted = {"memory", "pids"}
+    if not control.exists():
+        return False
+    if not wanted <= set(control.read_text().split()):
         with contextlib.suppress(OSError):  # refused where processes live in the group, and where it is not ours
             control.write_text("+memory +pids")
-        if {"memory", "pids"} <= set(control.read_text().split()):
-            folder = _make(parent, name)
-            if folder is not None:
-                return folder
-    return None
+    return wanted <= set(control.read_text().split())
 
 
 def _write(path: Path, text: str) -> None:

@@ -62,7 +62,8 @@ def _request(code: str, entry_point: str, tests: Sequence[Mapping[str, Any]]) ->
         if "expected" not in test or not isinstance(test.get("args"), list):
             raise ValueError(f"test {index} must be {{'args': [...], 'expected': value}}; mend the data set")
     try:
-        return marshal.dumps((code, entry_point, [test["args"] for test in tests]))
+        # Version 2 has no references, so that tests which share an object do not share it inside.
+        return marshal.dumps((code, entry_point, [test["args"] for test in tests]), 2)
     except ValueError as error:
         raise ValueError("a test's args hold something else than JSON values; mend the data set") from error
 

@@ -32,12 +32,13 @@ class Slot:
             self._lock_fd = None
 
 
-def take_slot(index: int, *, lock_folder: Path = LOCK_FOLDER) -> Slot:
-    """The free user id with the lowest number when started as root; `index` makes other slots' names differ.
+def take_slot(index: int, *, own_user: bool = False, lock_folder: Path = LOCK_FOLDER) -> Slot:
+    """The free user id with the lowest number when started as root, or our own where there is no other, or by wish.
 
-    Raises SandboxError when the lock folder cannot be used or all ids are taken.
+    `index` makes the names of slots with our own user id differ. Raises SandboxError when the lock folder cannot be
+    used or all ids are taken.
     """
-    if os.geteuid() != 0:
+    if own_user or os.geteuid() != 0:
         return Slot(None, f"cispo-sandbox-{os.getpid()}-{index}")
     _open_lock_folder(lock_folder)
     for uid in range(FIRST_UID, LAST_UID + 1):

@@ -24,7 +24,8 @@ BASE_ADDRESS_SPACE_MIB = 64
 class SlottedSandbox(ABC):
     """A sandbox with `workers` slots; `run` waits for a free one. A slot that fails is closed and later made anew."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, *, own_user: bool = False) -> None:
+        self._own_user = own_user
         self._owner_pid = os.getpid()
         self._idle: queue.LifoQueue[Supervisor | None] = queue.LifoQueue()
         for _ in range(workers):
@@ -59,7 +60,7 @@ class SlottedSandbox(ABC):
             if self._is_closed:
                 raise SandboxError("the sandbox is closed; open another")
             if supervisor is None:
-                supervisor = Supervisor(self._next_index())
+                supervisor = Supervisor(self._next_index(), own_user=self._own_user)
             result = self._run_in(supervisor, argv, stdin, files, limits)
         except BaseException:
             if supervisor is not None:
@@ -106,7 +107,7 @@ def check_files(files: Mapping[str, bytes], limits: Limits) -> None:
 
 def resource_limits(limits: Limits) -> list[tuple[int, tuple[int, int]]]:
     """Limits that every process inherits: the only ones without control groups, the gentler ones with them."""
-    cpu_s = math.ceil(limits.cpu_s)
+    cpu_s = math.ceil(limits.cpu_s) + 1  # counted in ticks and for each process: only for when nobody watches
     address_space = (limits.memory_mib + BASE_ADDRESS_SPACE_MIB) << 20
     file_size = limits.files_mib << 20
     return [

@@ -71,8 +71,8 @@ class Ended:
 class Supervisor:
     """One slot: a user id, control groups and a warden. Used by one thread at a time; broken after a SandboxError."""
 
-    def __init__(self, index: int) -> None:
-        self.slot = take_slot(index)
+    def __init__(self, index: int, *, own_user: bool = False) -> None:
+        self.slot = take_slot(index, own_user=own_user)
         self.cgroup: Cgroup | None = None
         self._warden: subprocess.Popen[bytes] | None = None
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -272,8 +272,8 @@ def _sealed_memory(stack: contextlib.ExitStack, content: bytes) -> int:
 
 
 def read_reports(report: bytes) -> dict[str, Any]:
-    """Merge the JSON documents, one a line, that bubblewrap writes as its status."""
+    """Merge the JSON documents, one a line, that bubblewrap writes as its status; the last may be cut by its end."""
     merged: dict[str, Any] = {}
-    for line in report.splitlines():
+    for line in report.split(b"\n")[:-1]:
         merged.update(json.loads(line))
     return merged

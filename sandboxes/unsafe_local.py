@@ -21,6 +21,9 @@ from cispo.sandboxes.types import Capabilities, ExecResult, Limits
 class UnsafeLocalSandbox(SlottedSandbox):
     """Raises SandboxError only when a program cannot be started."""
 
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers, own_user=True)
+
     def capabilities(self) -> Capabilities:
         return Capabilities(
             backend="unsafe-local",
