@@ -58,11 +58,8 @@ class SftMicroBatch:
 
 
 def load_examples(settings: DataSettings, tokenizer: Tokenizer, *, base_path: Path) -> list[Example]:
-    """Every row as tokens. Raises DataError for a row without a completion, or if there is no row."""
-    prompts = load_prompts(settings, base_path=base_path)
-    if not prompts:
-        raise DataError(f"{settings.path} has no rows; name a data set with prompts and completions")
-    return [_example(prompt, tokenizer, settings) for prompt in prompts]
+    """Every row as tokens. Raises DataError for a row without a completion, and whatever `load_prompts` raises."""
+    return [_example(prompt, tokenizer, settings) for prompt in load_prompts(settings, base_path=base_path)]
 
 
 def _example(prompt: Prompt, tokenizer: Tokenizer, settings: DataSettings) -> Example:
