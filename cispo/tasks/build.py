@@ -109,7 +109,9 @@ def _pick_examples(cases: Sequence[Case], rng: Random) -> list[int]:
     return [order[0], second]
 
 
-def _pick_tests(count: int, taken: Sequence[int], chosen: Sequence[Trial], trials: Sequence[Trial], rng: Random) -> list[int]:
+def _pick_tests(
+    count: int, taken: Sequence[int], chosen: Sequence[Trial], trials: Sequence[Trial], rng: Random
+) -> list[int]:
     """Edge cases, then whatever kills most of the mutants still alive (the task's own first), then any."""
     free = [index for index in range(count) if index not in taken]
     tests = free[:2]

@@ -27,7 +27,7 @@ class TooLongError(RuntimeError):
 
 
 class NoTestsError(ValueError):
-    """A composition that makes no good task: constant, undefined on most inputs, or with a step that changes nothing."""
+    """Steps that make no good task: constant, undefined on most inputs, or with a step that changes nothing."""
 
 
 @dataclass(frozen=True)

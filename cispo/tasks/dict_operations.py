@@ -49,7 +49,10 @@ DICT_READS: tuple[Operation, ...] = (
         "sorted_values", "dict reads", "dict -> ints", "sorted($a.values())",
         "list the values sorted", "sort the values of $a",
     ),
-    operation("sorted_keys", "dict reads", "dict -> words", "sorted($a)", "list the keys sorted", "sort the keys of $a"),
+    operation(
+        "sorted_keys", "dict reads", "dict -> words", "sorted($a)",
+        "list the keys sorted", "sort the keys of $a",
+    ),
     operation(
         "keys_above", "dict reads", "dict -> words", "[k for k in $a if $a[k] > $c]",
         "list keys with a value above $c", "find keys valued above $c", c=MIDDLE,

@@ -98,7 +98,10 @@ FILTERS: tuple[Operation, ...] = (
 SLICES: tuple[Operation, ...] = (
     operation("take_first", "list slices", "ints -> ints", "$a[:$c]", "keep the first $c", "take the first $c", c=FEW),
     operation("drop_first", "list slices", "ints -> ints", "$a[$c:]", "drop the first $c", "skip the first $c", c=FEW),
-    operation("every_second", "list slices", "ints -> ints", "$a[::2]", "take every second number", "keep even positions"),
+    operation(
+        "every_second", "list slices", "ints -> ints", "$a[::2]",
+        "take every second number", "keep even positions",
+    ),
     operation("inner", "list slices", "ints -> ints", "$a[1:-1]", "drop first and last", "cut off both ends"),
     operation(
         "take_first_extra", "list slices", "ints, int -> ints", "$a[:$b]",
@@ -122,7 +125,10 @@ ORDER: tuple[Operation, ...] = (
         "sort and drop repeats", "sort the distinct numbers", inputs="close",
     ),
     operation("append", "list building", "ints -> ints", "$a + [$c]", "append $c", "add $c at the end", c=DIGIT),
-    operation("prepend", "list building", "ints -> ints", "[$c] + $a", "put $c in front", "add $c at the start", c=DIGIT),
+    operation(
+        "prepend", "list building", "ints -> ints", "[$c] + $a",
+        "put $c in front", "add $c at the start", c=DIGIT,
+    ),
     operation(
         "append_sum", "list building", "ints -> ints", "$a + [sum($a)]", "append the sum", "add its sum at the end"
     ),

@@ -1,8 +1,8 @@
 """Plausible bugs: programs of the right form and the wrong meaning.
 
 Point mutants change one operator, comparison, constant, call, slice, branch, filter or iteration of the source. Step
-mutants drop a step, swap the two, put another operation of the same kinds in the place of one, or lose an edge of the result. Whether a mutant really differs is
-for the tests to say (`cispo.tasks.check`).
+mutants drop a step, swap the two, put another operation of the same kinds in the place of one, or lose an edge of the
+result. Whether a mutant really differs is for the tests to say (`cispo.tasks.check`).
 """
 
 import ast
@@ -136,7 +136,7 @@ def _both(one: Callable[[], None], other: Callable[[], None]) -> Callable[[], No
 
 
 def step_mutants(steps: Steps, draw: Draw, operations: Sequence[Operation], rng: Random) -> list[Mutant]:
-    """Programs with a step dropped, both swapped, one replaced by another of the same kinds, or an edge of the result lost."""
+    """Programs with a step dropped, both swapped, one replaced by another of its kinds, or an edge of the result lost."""
     found = _edge_mutants(steps, draw)
     if len(steps) == 2:
         first, second = steps

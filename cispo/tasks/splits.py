@@ -1,8 +1,8 @@
 """Three splits that share no structure, in which training meets only new compositions of known operations.
 
-A structure (`cispo.tasks.structure`) belongs to one split, and with it every pair of operations that has it; so a pair is
-in one split only. Single operations, and all that has the structure of one, are in `sft`. Structures move from the other
-splits to `sft` until each operation is in several compositions there, first and second, where its kinds allow.
+A structure (`cispo.tasks.structure`) belongs to one split, and with it every pair of operations that has it; so a pair
+is in one split only. Single operations, and all that has the structure of one, are in `sft`. Structures move from the
+other splits to `sft` until each operation is in several compositions there, first and second, where its kinds allow.
 """
 
 from collections import Counter

@@ -1,6 +1,5 @@
 """Operations on text and on lists of words."""
 
-from cispo.tasks.integer_operations import DIGIT
 from cispo.tasks.list_operations import FEW
 from cispo.tasks.operations import Constant, Operation, operation
 
@@ -16,7 +15,10 @@ def has_text(s: str) -> bool:
 TRANSFORMS: tuple[Operation, ...] = (
     operation("upper", "string transforms", "str -> str", "$a.upper()", "make $a upper case", "turn into capitals"),
     operation("backwards", "string transforms", "str -> str", "$a[::-1]", "reverse $a", "spell $a backwards"),
-    operation("repeat", "string transforms", "str -> str", "$a * $c", "repeat $a $c times", "write $a $c times", c=LENGTH),
+    operation(
+        "repeat", "string transforms", "str -> str", "$a * $c",
+        "repeat $a $c times", "write $a $c times", c=LENGTH,
+    ),
     operation(
         "replace_letter", "string transforms", "str -> str", "$a.replace('$c', '$e')",
         "replace each $c by $e", "change every $c to $e", c=LETTER, e=FRESH,
@@ -43,7 +45,10 @@ TRANSFORMS: tuple[Operation, ...] = (
 )
 
 STRING_FILTERS: tuple[Operation, ...] = (
-    operation("head", "string filters", "str -> str", "$a[:$c]", "keep the first $c letters", "cut to $c letters", c=FEW),
+    operation(
+        "head", "string filters", "str -> str", "$a[:$c]",
+        "keep the first $c letters", "cut to $c letters", c=FEW,
+    ),
     operation("tail", "string filters", "str -> str", "$a[$c:]", "drop the first $c letters", "skip $c letters", c=FEW),
     operation(
         "drop_vowels", "string filters", "str -> str", "''.join([ch for ch in $a if ch not in 'aeiou'])",
@@ -145,7 +150,10 @@ WORDS: tuple[Operation, ...] = (
         "sort_by_length", "word lists", "words -> words", "sorted($a, key=len)",
         "sort words by length", "order the words by length",
     ),
-    operation("flip_words", "word lists", "words -> words", "$a[::-1]", "reverse the word order", "turn the list around"),
+    operation(
+        "flip_words", "word lists", "words -> words", "$a[::-1]",
+        "reverse the word order", "turn the list around",
+    ),
     operation(
         "lengths", "word reductions", "words -> ints", "[len(w) for w in $a]",
         "list the word lengths", "take the length of each word",

@@ -84,7 +84,7 @@ GENERATOR_KIND: dict[str, Kind] = {
 
 
 def is_bounded(value: object) -> bool:
-    """Whether a value is of a kind that JSON keeps as it is, and small: below ten million, at most 24 items or letters."""
+    """Whether JSON keeps the value as it is, and it is small: below ten million, at most 24 items or letters."""
     if isinstance(value, bool):
         return True
     if isinstance(value, int):
@@ -94,5 +94,5 @@ def is_bounded(value: object) -> bool:
     if isinstance(value, list):
         return len(value) <= 24 and all(is_bounded(item) for item in value)
     if isinstance(value, dict):
-        return len(value) <= 12 and all(isinstance(k, str) and is_bounded(k) and is_bounded(v) for k, v in value.items())
+        return len(value) <= 12 and all(isinstance(key, str) and is_bounded(value[key]) for key in value)
     return False
