@@ -11,7 +11,6 @@ The rule: the code is the content of the last fenced block, and the whole comple
 - The opening fence's indentation is taken off each line of the block, so far as the line has it.
 """
 
-import os.path
 import re
 from dataclasses import dataclass
 
@@ -56,4 +55,7 @@ def _opened_by(line: str) -> _Block | None:
 
 
 def _without_indent(line: str, indent: str) -> str:
-    return line[len(os.path.commonprefix([line, indent])) :]
+    shared = 0
+    while shared < len(indent) and line[shared : shared + 1] == indent[shared]:
+        shared += 1
+    return line[shared:]

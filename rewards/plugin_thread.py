@@ -8,7 +8,7 @@ import asyncio
 import inspect
 import queue
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,7 +16,7 @@ from cispo.errors import DeadlineError
 
 # How long after its deadline an async function may take to notice that it was cancelled.
 CANCEL_GRACE_S = 2.0
-Outcome = Any | BaseException
+Outcome = Any  # what a call returned, or the exception that it raised
 
 
 class PluginThread:
@@ -94,14 +94,17 @@ async def _gather(coroutines: Sequence[Coroutine[Any, Any, Outcome]]) -> list[Ou
     return await asyncio.gather(*coroutines)
 
 
-async def _within(awaitable: Any, timeout_s: float) -> Outcome:
-    task = asyncio.ensure_future(awaitable)
+async def _within(awaitable: Awaitable[Any], timeout_s: float) -> Outcome:
+    task = asyncio.ensure_future(_caught(awaitable))
     done, _ = await asyncio.wait([task], timeout=timeout_s)
     if not done:
         task.cancel()
         return DeadlineError(f"took longer than its timeout_s of {timeout_s:g} s")
-    return task.result() if not task.cancelled() and task.exception() is None else _why(task)
+    return task.result()
 
 
-def _why(task: "asyncio.Task[Any]") -> BaseException:
-    return asyncio.CancelledError("cancelled itself") if task.cancelled() else task.exception() or RuntimeError("ended")
+async def _caught(awaitable: Awaitable[Any]) -> Outcome:
+    try:
+        return await awaitable
+    except BaseException as error:  # sys.exit() would end the loop, for all that wait on it
+        return error

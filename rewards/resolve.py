@@ -117,9 +117,7 @@ def _import_file(name: str, path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise RewardError(
-            f"reward {name!r}: importing {path} fails with {describe_error(error, str(path))}"
-        ) from error
+        raise RewardError(f"reward {name!r}: importing {path} fails with {describe_error(error, str(path))}") from error
     return module
 
 

@@ -143,5 +143,3 @@ def _status(ended: Ended, exit_code: int, limits: Limits) -> ExecStatus:
     if exit_code == 128 + signal.SIGXCPU or was_killed_late:
         return ExecStatus.TIMEOUT
     return ExecStatus.RUNTIME_ERROR
-
-

@@ -96,9 +96,7 @@ def receive(control: socket.socket) -> tuple[bytes, list[int]]:
     return packet, list(fds)
 
 
-def run_program(
-    control: socket.socket, uid: int | None, request: Any, fds: list[int]
-) -> tuple[tuple[str, Any], bool]:
+def run_program(control: socket.socket, uid: int | None, request: Any, fds: list[int]) -> tuple[tuple[str, Any], bool]:
     """Run one program to its end. Returns the reply, and whether the owner has closed the socket."""
     cpu_s_before = cpu_s_of_children()
     failure_read, failure_write = os.pipe()

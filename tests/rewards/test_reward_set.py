@@ -29,7 +29,8 @@ def rollout(index: int, text: str, tokens: int = 10, stop_reason: StopReason = S
 
 
 def group(*texts: str, row: dict[str, Any] = ROW, **options: Any) -> Group:
-    return Group(Prompt("task-7", "Double it.", row), tuple(rollout(i, text, **options) for i, text in enumerate(texts)))
+    rollouts = tuple(rollout(index, text, **options) for index, text in enumerate(texts))
+    return Group(Prompt("task-7", "Double it.", row), rollouts)
 
 
 @pytest.fixture
@@ -165,12 +166,12 @@ def test_a_function_cannot_change_the_row_for_others(make: Make) -> None:
 
 
 FAILURES = {
-    "raises": ("raise ValueError('no\\nway')", "raised ValueError: no way (mine.py:6)"),
-    "asserts": ("assert False", "raised AssertionError (mine.py:6)"),
-    "exits": ("import sys; sys.exit(2)", "raised SystemExit: 2 (mine.py:6)"),
-    "interrupts": ("raise KeyboardInterrupt", "raised KeyboardInterrupt (mine.py:6)"),
-    "times out by itself": ("raise TimeoutError('slow api')", "raised TimeoutError: slow api (mine.py:6)"),
-    "raises what cannot be shown": ("raise Mute()", "raised Mute: a Mute that cannot be shown (mine.py:6)"),
+    "raises": ("raise ValueError('no\\nway')", "raised ValueError: no way (mine.py:7)"),
+    "asserts": ("assert False", "raised AssertionError (mine.py:7)"),
+    "exits": ("import sys; sys.exit(2)", "raised SystemExit: 2 (mine.py:7)"),
+    "interrupts": ("raise KeyboardInterrupt", "raised KeyboardInterrupt (mine.py:7)"),
+    "times out by itself": ("raise TimeoutError('slow api')", "raised TimeoutError: slow api (mine.py:7)"),
+    "raises what cannot be shown": ("raise Mute()", "raised Mute: a Mute that cannot be shown (mine.py:7)"),
     "recurses": ("return reward(prompt, completion)", "raised RecursionError"),
     "NaN": ("return float('nan')", "returned nan; return a finite number"),
     "infinity": ("return -float('inf')", "returned -inf; return a finite number"),

@@ -24,4 +24,3 @@ def run_python(sandbox: Sandbox) -> Callable[..., ExecResult]:
         return sandbox.run([python, "-S", "-s", "-c", textwrap.dedent(source)], **options)  # type: ignore[arg-type]
 
     return run
-
