@@ -120,6 +120,15 @@ def test_data_without_the_column(place: Path) -> None:
     assert "question" in line and line.startswith(f"{place}/train.yaml:6 data.path: ")
 
 
+def test_data_without_what_a_reward_takes(place: Path) -> None:
+    (line,) = mistakes(place / "train.yaml", "data.columns={code: entry_point}")
+    assert line.startswith(f"{place}/train.yaml:6 data.path: ") and "no column 'entry_point'" in line
+    (place / "mine.py").write_text("def f(prompt, completion, *, answer, hint=1): return 0.0")
+    (line,) = mistakes(place / "train.yaml", "rewards=[{name: mine.py:f}]")
+    assert "no column 'answer'" in line
+    load_train_recipe(place / "train.yaml", ["rewards=[{name: mine.py:f, args: {answer: 3}}]"])
+
+
 def test_supervised_rows_need_a_completion(place: Path) -> None:
     (place / "rows.jsonl").write_text('{"id": "a", "prompt": "p"}\n')
     with pytest.raises(RecipeError, match="completion"):

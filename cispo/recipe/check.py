@@ -1,7 +1,7 @@
 """What a recipe names must be there before any actor starts: policy folder, data, rewards."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from cispo.recipe.document import SettingPath
 from cispo.recipe.schema import TrainRecipe
 from cispo.recipe.sft_schema import SftRecipe
 from cispo.resources import BUNDLED, resolve_policy
-from cispo.rewards.resolve import check_reward
+from cispo.rewards.resolve import check_reward, keyword_parameters
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+SUPPLIED = frozenset({"completion_length_tokens", "max_completion_tokens", "is_truncated", "judge"})
+"""What a reward may take that is no column of the data: the reward worker gives it."""
 
 FileMistake = tuple[SettingPath, str]
 
@@ -22,29 +24,31 @@ FileMistake = tuple[SettingPath, str]
 def train_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     """What `cispo train` would miss, each with the setting that names it."""
     found = policy_mistakes(recipe.policy.path, recipe.base_path)
-    found += _data_mistakes(("data",), recipe.data, recipe.base_path)
+    rewards, columns = _reward_mistakes(recipe)
+    found += _data_mistakes(("data",), recipe.data, recipe.base_path, columns)
     if recipe.evaluation is not None:
-        found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path)
-    return found + _reward_mistakes(recipe)
+        found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path, columns)
+    return found + rewards
 
 
 def evaluation_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     """What `cispo eval` would miss."""
     found = policy_mistakes(recipe.policy.path, recipe.base_path)
+    rewards, columns = _reward_mistakes(recipe)
     if recipe.evaluation is None:
         found.append((("evaluation",), "is null; name the prompts to measure on in evaluation.data.path"))
     else:
-        found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path)
-    return found + _reward_mistakes(recipe)
+        found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path, columns)
+    return found + rewards
 
 
 def sft_mistakes(recipe: SftRecipe) -> list[FileMistake]:
     """What `cispo sft` would miss."""
     needs_weights = recipe.policy.init == "pretrained"
     found = policy_mistakes(recipe.policy.path, recipe.base_path, needs_weights=needs_weights)
-    found += _data_mistakes(("data",), recipe.data, recipe.base_path)
+    found += _data_mistakes(("data",), recipe.data, recipe.base_path, ["completion"])
     if recipe.evaluation is not None:
-        found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path)
+        found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path, ["completion"])
     return found
 
 
@@ -95,16 +99,28 @@ def _read_config(file: Path) -> None:
     ModelConfig.from_hf_config(config)
 
 
-def _data_mistakes(path: SettingPath, data: DataSettings, base_path: Path) -> list[FileMistake]:
-    return [((*path, "path"), text) for text in _messages(partial(check_data, data, base_path=base_path))]
+def _data_mistakes(path: SettingPath, data: DataSettings, base_path: Path, columns: Sequence[str]) -> list[FileMistake]:
+    texts = _messages(partial(check_data, data, base_path=base_path, required=columns))
+    return [((*path, "path"), text) for text in texts]
 
 
-def _reward_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
+def _reward_mistakes(recipe: TrainRecipe) -> tuple[list[FileMistake], list[str]]:
+    """What is wrong with the rewards, and the columns that those in order take from each row."""
     found: list[FileMistake] = []
+    columns: dict[str, None] = {}
     for index, reward in enumerate(recipe.rewards):
-        texts = _messages(partial(check_reward, reward, base_path=recipe.base_path))
-        found += [(("rewards", index, "name"), text) for text in texts]
-    return found
+        try:
+            function = check_reward(reward, base_path=recipe.base_path)
+        except CispoError as error:
+            found += [(("rewards", index, "name"), text) for text in str(error).splitlines()]
+        else:
+            columns |= dict.fromkeys(_columns(function, given={*reward.args, *SUPPLIED}))
+    return found, list(columns)
+
+
+def _columns(function: Callable[..., object], given: set[str]) -> list[str]:
+    parameters = keyword_parameters(function)
+    return [found.name for found in parameters if found.default is found.empty and found.name not in given]
 
 
 def _messages(action: Callable[[], object]) -> list[str]:
