@@ -100,7 +100,7 @@ class SftTrainer:
     def run(self, folder: RunFolder, views: Views) -> None:
         """Take the steps after the folder's newest checkpoint, with metrics, evaluations and checkpoints."""
         recipe = self._recipe
-        started = self._restore(folder)
+        started = self._restore(folder, views)
         lengths = [example.inputs for example in self._examples]
         plan = batches(lengths, recipe.tokens_per_batch, seed=recipe.seed, first=started)
         self._losses.start()
@@ -184,12 +184,13 @@ class SftTrainer:
             keep=2,
         )
 
-    def _restore(self, folder: RunFolder) -> int:
+    def _restore(self, folder: RunFolder, views: Views) -> int:
         """Go on from the newest checkpoint, if there is one; returns the steps that are done."""
         checkpoint = load_newest_checkpoint(folder.path / "checkpoints")
         done = checkpoint.step if checkpoint else 0
         if checkpoint:
             self._optimizer.load_state_dict(checkpoint.learner_state)
+            views.message(f"resumed from {checkpoint.path.name}")
         folder.truncate_after(done)
         return done
 
