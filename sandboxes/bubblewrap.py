@@ -41,6 +41,7 @@ ENVIRONMENT = {
 }
 PROBE_SOURCE = "import sys; print('%d.%d.%d' % sys.version_info[:3])"
 REPORT_FD, FIRST_INPUT_FD = 3, 4
+PRLIMIT = Path("/usr/bin/prlimit")
 
 
 class BubblewrapSandbox(SlottedSandbox):
@@ -85,18 +86,18 @@ class BubblewrapSandbox(SlottedSandbox):
         ]  # fmt: skip
 
     def _writable(self, limits: Limits) -> list[str]:
+        """/proc is read-only: a program could make the warden the kernel's choice when memory ends (oom_score_adj)."""
         size = str(limits.files_mib << 20)
         return [
-            "--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
+            "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
             "--perms", "0700", "--size", size, "--tmpfs", "/task", "--symlink", "task", "/tmp", "--remount-ro", "/",
         ]  # fmt: skip
 
     def _process_limit(self, supervisor: Supervisor, limits: Limits) -> list[str]:
         """Under our own user id the limit must be set inside, where only the sandbox's processes are counted."""
-        prlimit = "/usr/bin/prlimit"
-        if supervisor.slot.uid is not None or not Path(prlimit).exists():
+        if supervisor.slot.uid is not None or not PRLIMIT.exists():
             return []
-        return [prlimit, f"--nproc={limits.pids}:{limits.pids}", "--"]
+        return [str(PRLIMIT), f"--nproc={limits.pids}:{limits.pids}", "--"]
 
     def _choose_python(self) -> tuple[str, str]:
         """The first interpreter that a program's user can start: the system's, else the one our own is made from."""
@@ -128,7 +129,7 @@ class BubblewrapSandbox(SlottedSandbox):
             is_isolated=True,
             seccomp=self._seccomp is not None,
             memory_total=groups is not None and groups.memory is not None,
-            pids_total=has_uid or (groups is not None and groups.pids is not None),
+            pids_total=has_uid or PRLIMIT.exists() or (groups is not None and groups.pids is not None),
             separate_user=has_uid,
             python=self._python,
             python_version=self._python_version,

@@ -69,6 +69,13 @@ REFUSED_SYSCALLS: dict[str, tuple[int, int | None]] = {
     "migrate_pages": (256, 238),
     "mbind": (237, 235),
     "set_mempolicy": (238, 237),
+    # A program that lets itself be starved would look as if the machine were too busy to judge it.
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274),
+    "sched_setaffinity": (203, 122),
     # Memory outside of RLIMIT_AS and of the sized folder.
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),

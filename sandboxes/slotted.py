@@ -62,10 +62,12 @@ class SlottedSandbox(ABC):
             if supervisor is None:
                 supervisor = Supervisor(self._next_index(), own_user=self._own_user)
             result = self._run_in(supervisor, argv, stdin, files, limits)
-        except BaseException:
+        except BaseException as error:
             if supervisor is not None:
                 supervisor.close()
             self._idle.put(None)
+            if isinstance(error, OSError):
+                raise SandboxError(f"the machine refused what a sandbox needs: {error}") from error
             raise
         self._idle.put(supervisor)
         return result
@@ -115,7 +117,7 @@ def resource_limits(limits: Limits) -> list[tuple[int, tuple[int, int]]]:
         (resource.RLIMIT_AS, (address_space, address_space)),
         (resource.RLIMIT_FSIZE, (file_size, file_size)),
         (resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES)),
-        (resource.RLIMIT_CORE, (0, 0)),
+        (resource.RLIMIT_CORE, (1, 1)),  # 0 would still hand the dump to a program of the host; 1 does not
     ]
 
 

@@ -120,7 +120,7 @@ class Supervisor:
             self._collect(selector, watch, ended)
             self._drain(selector, ended, job.limits)
         ended.wall_s = watch.elapsed_s()
-        ended.cpu_s = max(ended.cpu_s, watch.cpu_s() or 0.0)  # the kernel loses the time of what it kills unreaped
+        ended.cpu_s = max(ended.cpu_s, watch.seen_cpu_s())  # of what is killed, the kernel counts only a part
         ended.was_out_of_memory = watch.was_out_of_memory()
         return ended
 
@@ -211,6 +211,7 @@ class Watch:
             cgroup.set_limits(limits.memory_mib, limits.pids + OVERHEAD_PIDS)
             self._cpu_s_before = cgroup.cpu_s()
             self._oom_kills_before = cgroup.oom_kills()
+        self._seen_cpu_s = 0.0
         self._start = time.monotonic()
 
     def elapsed_s(self) -> float:
@@ -224,11 +225,12 @@ class Watch:
         elapsed_s = self.elapsed_s()
         is_late = elapsed_s >= self.limits.wall_s
         counts_memory = self._cgroup is not None and self._cgroup.memory is not None
-        cpu_s = self.cpu_s()
+        cpu_s = self._group_cpu_s()
         usage = TreeUsage()
         if is_late or cpu_s is None or not counts_memory:
             usage = tree_usage(self._warden_pid)
-        if (usage.cpu_s if cpu_s is None else cpu_s) > self.limits.cpu_s:
+        self._seen_cpu_s = max(self._seen_cpu_s, usage.cpu_s if cpu_s is None else cpu_s)
+        if self._seen_cpu_s > self.limits.cpu_s:
             return ExecStatus.TIMEOUT
         if not counts_memory and usage.resident_bytes > self.limits.memory_mib << 20:
             return ExecStatus.MEMORY_LIMIT
@@ -241,8 +243,12 @@ class Watch:
             )
         return None
 
-    def cpu_s(self) -> float | None:
-        """CPU seconds so far by the control group, None without one."""
+    def seen_cpu_s(self) -> float:
+        """CPU seconds by the control group, or without one as far as `look` has seen them."""
+        group_cpu_s = self._group_cpu_s()
+        return self._seen_cpu_s if group_cpu_s is None else group_cpu_s
+
+    def _group_cpu_s(self) -> float | None:
         used = self._cgroup.cpu_s() if self._cgroup is not None else None
         return None if used is None or self._cpu_s_before is None else used - self._cpu_s_before
 

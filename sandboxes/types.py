@@ -73,8 +73,8 @@ class ExecResult:
 class Capabilities:
     """What a sandbox enforces on this machine, as found when it was opened; False means: not enforced.
 
-    memory_total and pids_total say that the limit holds for the whole tree of processes by a control group; without it
-    the memory limit holds for each process and, sampled every 50 ms, for their sum.
+    memory_total and pids_total say that the kernel holds the limit for all processes of a program together. Without
+    memory_total it holds for each process, and for their sum as sampled every 50 ms.
     """
 
     backend: str

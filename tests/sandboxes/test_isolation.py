@@ -84,8 +84,9 @@ def test_programs_have_no_capabilities_and_cannot_gain_any(run_python: Run) -> N
         ("open('/usr/cispo', 'w')", "EROFS"),
         ("open('/cispo', 'w')", "EROFS"),
         ("open('/dev/cispo', 'w')", "EROFS"),
-        ("open('/proc/sys/kernel/core_pattern', 'w')", "EACCES"),
-        ("open('/proc/sys/kernel/hostname', 'w')", "EACCES"),
+        ("open('/proc/sys/kernel/core_pattern', 'w')", "EROFS"),
+        ("open('/proc/self/oom_score_adj', 'w')", "EROFS"),
+        ("open('/proc/1/mem', 'r+b')", "EROFS"),
         ("open('/etc/passwd')", "ENOENT"),
         ("open('/root/.bashrc')", "ENOENT"),
         ("open('/dev/kmsg')", "ENOENT"),
@@ -93,7 +94,9 @@ def test_programs_have_no_capabilities_and_cannot_gain_any(run_python: Run) -> N
         ("os.setuid(0)", "EINVAL"),
         ("os.chroot('/task')", "EPERM"),
         ("os.memfd_create('x')", "EPERM"),
-        ("os.nice(-5)", "EPERM"),
+        ("os.nice(5)", "EPERM"),
+        ("os.sched_setaffinity(0, [0])", "EPERM"),
+        ("os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))", "EPERM"),
     ],
 )
 def test_an_attempt_meets_an_error(run_python: Run, action: str, met: str) -> None:

@@ -76,6 +76,19 @@ def test_memory_of_all_processes_together_is_bounded(run_python: Run) -> None:
     assert run_python(source, limits=Limits(wall_s=60.0, cpu_s=5.0, memory_mib=96)).status is ExecStatus.MEMORY_LIMIT
 
 
+def test_the_warden_is_not_what_the_kernel_kills_for_memory(run_python: Run) -> None:
+    source = """
+    import os, time
+    for _ in range(14):
+        if os.fork() == 0:
+            kept = bytearray(9 << 20)  # each of them smaller than the warden
+            time.sleep(60)
+    statuses = [os.wait()[1] for _ in range(14)]
+    """
+    limits = Limits(wall_s=2.0, cpu_s=5.0, memory_mib=64, pids=16)
+    assert run_python(source, limits=limits).status in (ExecStatus.TIMEOUT, ExecStatus.MEMORY_LIMIT)
+
+
 def test_a_fork_bomb_is_bounded_and_gone(run_python: Run) -> None:
     source = """
     import os
