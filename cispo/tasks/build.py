@@ -13,6 +13,8 @@ from cispo.tasks.mutate import mutants
 POOL_SIZE = 40
 TESTS = 8
 MAX_TESTS = 10
+RARE = 3
+"""How many of the hidden tests have another result than the commonest, so that no constant comes close."""
 MUTANTS = 3
 TRIED = 10
 """How many plausible mutants the hidden tests are chosen against; the row shows the first three."""
@@ -73,7 +75,7 @@ def _attempt(steps: Steps, rng: Random) -> Task:
     if len(chosen) < MUTANTS:
         raise NoTestsError(f"only {len(chosen)} mutants")
     example_indexes = _pick_examples(cases, rng)
-    tests = _pick_tests(len(cases), example_indexes, [trials[mutant] for mutant in chosen], list(trials.values()), rng)
+    tests = _pick_tests(cases, example_indexes, [trials[mutant] for mutant in chosen], list(trials.values()), rng)
     return Task(
         steps,
         write_prompt(steps, draw, rng),
@@ -110,11 +112,15 @@ def _pick_examples(cases: Sequence[Case], rng: Random) -> list[int]:
 
 
 def _pick_tests(
-    count: int, taken: Sequence[int], chosen: Sequence[Trial], trials: Sequence[Trial], rng: Random
+    cases: Sequence[Case], taken: Sequence[int], chosen: Sequence[Trial], trials: Sequence[Trial], rng: Random
 ) -> list[int]:
-    """Edge cases, then whatever kills most of the mutants still alive (the task's own first), then any."""
-    free = [index for index in range(count) if index not in taken]
-    tests = free[:2]
+    """Edge cases and rare results, then whatever kills most of the mutants alive (the task's own first), then any."""
+    free = [index for index in range(len(cases)) if index not in taken]
+    results = [repr(case.expected) for case in cases]
+    commonest = max(dict.fromkeys(results), key=results.count)
+    tests = [*free[:2], *[index for index in free[2:] if results[index] != commonest][:RARE]]
+    if all(results[index] == commonest for index in tests):
+        raise NoTestsError("the hidden tests all have one result")
     for alive in (list(chosen), list(trials)):
         while len(tests) < MAX_TESTS:
             alive = [trial for trial in alive if not set(trial.killers) & set(tests)]

@@ -113,22 +113,26 @@ def write_source(steps: Steps, draw: Draw) -> str:
 
 def write_phrase(steps: Steps, draw: Draw, rng: Random) -> str:
     """What the program does, as an imperative phrase: "keep the even numbers, then sum them" and its kind."""
+    join = rng.choice(JOINS)
+    between = "it" if join.startswith("$q") else rng.choice(BETWEEN)
     phrases = []
     extras = list(draw.arguments[1:])
     for index, (step, constants) in enumerate(zip(steps, draw.constants, strict=True)):
-        names = {"a": "it" if index else draw.arguments[0]}
+        names = {"a": between if index else draw.arguments[0]}
         if len(step.takes) == 2:
             names["b"] = extras.pop(0)
         phrases.append(_fill(rng.choice(step.phrases), constants, **names))
     if len(phrases) == 1:
         return phrases[0]
-    return Template(rng.choice(JOINS)).substitute(p=phrases[0], q=phrases[1])
+    return Template(join).substitute(p=phrases[0], q=phrases[1])
 
 
 JOINS = (
     "$p, then $q", "$p and then $q", "first $p, then $q", "$p; after that $q", "$p, next $q", "$p; finally $q",
     "$q, but first $p",
 )
+BETWEEN = ("it", "it", "the result")
+"""What a second step calls the value that it takes."""
 FRAMES = (
     "Write $f: $p.", "Write $f to $p.", "Make $f $p.", "Define $f: $p.", "Let $f $p.", "$f should $p.",
 )

@@ -35,11 +35,11 @@ DICT_FILTERS: tuple[Operation, ...] = (
     ),
     operation(
         "keys_with", "dict filters", "dict -> dict", "{k: v for k, v in $a.items() if '$c' in k}",
-        "keep keys with $c", "keep pairs whose key has $c", c=LETTER,
+        "keep keys with the letter $c", "keep pairs whose key has the letter $c", c=LETTER,
     ),
     operation(
         "drop_key", "dict filters", "dict -> dict", "{k: v for k, v in $a.items() if k != '$c'}",
-        "drop the key $c", "remove key $c from $a", c=LETTER,
+        "drop the key $c", "remove the key $c", c=LETTER,
     ),
 )
 
@@ -63,7 +63,7 @@ DICT_READS: tuple[Operation, ...] = (
     operation("key_count", "dict reductions", "dict -> int", "len($a)", "count the keys", "count the pairs of $a"),
     operation(
         "look_up", "dict reductions", "dict -> int", "$a.get('$c', $e)",
-        "get the value of $c or else $e", "look up $c, or $e if missing", c=LETTER, e=DIGIT,
+        "get the value of key $c or else $e", "look up key $c, or $e if missing", c=LETTER, e=DIGIT,
     ),
     operation(
         "count_values", "dict reductions", "dict -> int", "len([k for k in $a if $a[k] > $c])",

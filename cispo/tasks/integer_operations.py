@@ -42,7 +42,7 @@ ARITHMETIC: tuple[Operation, ...] = (
     operation("absolute", "arithmetic", "int -> int", "abs($a)", "take the absolute value", "make $a not negative"),
     operation(
         "subtract_from", "arithmetic", "int -> int", "$c - $a",
-        "subtract $a from $c", "take $c minus $a", "find what $a lacks to $c", c=DIGIT,
+        "subtract $a from $c", "take $c minus $a", "find $c minus $a", c=DIGIT,
     ),
     operation(
         "triangle", "arithmetic", "int -> int", "$a * ($a + 1) // 2",
@@ -74,19 +74,19 @@ CONDITIONALS: tuple[Operation, ...] = (
     ),
     operation(
         "at_least", "conditionals", "int -> int", "if $a < $c:\n    $a = $c\n$a",
-        "if $a is below $c, use $c", "raise $a to at least $c", c=MIDDLE,
+        "use $c if $a is below $c", "raise $a to at least $c", c=MIDDLE,
     ),
     operation(
         "reduce_big", "conditionals", "int -> int", "if $a > $c:\n    $a -= $c\n$a",
-        "if $a is above $c, subtract $c", "take off $c if $a is above $c", c=MIDDLE,
+        "subtract $c if $a is above $c", "take off $c when $a is above $c", c=MIDDLE,
     ),
     operation(
         "odd_up", "conditionals", "int -> int", "if $a % 2 == 1:\n    $a += $c\n$a",
-        "if $a is odd, add $c", "add $c if $a is odd", c=DIGIT,
+        "add $c if $a is odd", "increase $a by $c when odd", c=DIGIT,
     ),
     operation(
         "even_half", "conditionals", "int -> int", "if $a % 2 == 0:\n    $a //= 2\n$a",
-        "if $a is even, halve it", "halve $a if it is even",
+        "halve $a if it is even", "halve $a when even",
     ),
     operation(
         "sign", "conditionals", "int -> int", "1 if $a > 0 else -1 if $a < 0 else 0",
@@ -156,7 +156,7 @@ RANGES: tuple[Operation, ...] = (
     ),
     operation(
         "multiples", "ranges", "int -> ints", "[i * $c for i in range($a)]",
-        "list $a multiples of $c from 0", "list the first $a multiples of $c",
+        "list multiples of $c from 0, as many as $a", "list as many multiples of $c as $a says",
         domain=up_to_twelve, inputs="small", c=DIGIT,
     ),
     operation(
@@ -176,7 +176,8 @@ LOOPS: tuple[Operation, ...] = (
     ),
     operation(
         "doubling", "loops", "int -> int", "$u = $c\nfor i in range($a):\n    $u *= 2\n$u",
-        "double $c $a times", "start at $c and double $a times", domain=up_to_twelve, inputs="small", c=DIGIT,
+        "double $c as often as $a says", "start at $c and double as often as $a",
+        domain=up_to_twelve, inputs="small", c=DIGIT,
     ),
 )
 
@@ -188,7 +189,7 @@ RECURSION: tuple[Operation, ...] = (
     ),
     operation(
         "fibonacci", "recursion", "int -> int", "if $a < 2:\n    return $a\nreturn $f($a - 1) + $f($a - 2)",
-        "take the fibonacci number", "find fibonacci number $a", domain=up_to_twelve, inputs="small",
+        "take the fibonacci number", "find the fibonacci number at $a", domain=up_to_twelve, inputs="small",
         is_recursive=True,
     ),
     operation(
@@ -198,7 +199,7 @@ RECURSION: tuple[Operation, ...] = (
     ),
     operation(
         "power", "recursion", "int -> int", "if $a == 0:\n    return 1\nreturn $c * $f($a - 1)",
-        "take $c to the power $a by recursion", "raise $c to the $a by recursion",
+        "take $c to the power of $a by recursion", "raise $c to the power of $a by recursion",
         domain=up_to_ten, inputs="small", is_recursive=True, c=(2, 3, 4),
     ),
 )
@@ -207,7 +208,8 @@ CONVERSIONS: tuple[Operation, ...] = (
     operation("as_text", "conversions", "int -> str", "str($a)", "turn $a into text", "write $a as text"),
     operation(
         "repeat_letter", "conversions", "int -> str", "'$c' * $a",
-        "write $c $a times", "repeat the letter $c $a times", domain=up_to_twelve, inputs="small", c=tuple("abcxz"),
+        "write the letter $c as often as $a says", "repeat the letter $c as often as $a",
+        domain=up_to_twelve, inputs="small", c=tuple("abcxz"),
     ),
 )
 

@@ -136,7 +136,7 @@ def _both(one: Callable[[], None], other: Callable[[], None]) -> Callable[[], No
 
 
 def step_mutants(steps: Steps, draw: Draw, operations: Sequence[Operation], rng: Random) -> list[Mutant]:
-    """Programs with a step dropped, both swapped, one replaced by another of its kinds, or an edge of the result lost."""
+    """Programs with a step dropped, both swapped, one replaced by another of its kinds, or a result cut at an edge."""
     found = _edge_mutants(steps, draw)
     if len(steps) == 2:
         first, second = steps

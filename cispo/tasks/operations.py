@@ -3,7 +3,7 @@
 A body is a `string.Template`: `$a` is the operand, `$b` an extra integer argument, `$c` and `$e` constants, `$u` the
 name of the result while it is built up, `$f` the function's own name in a recursive body. The last line of a body is
 the result's expression; a recursive body holds its own return statements instead. Phrases use the same letters and
-start with a verb or with "if", so that they fit any frame ("Write f(xs): ...", "f(xs) should ...").
+start with a verb, so that they fit any frame ("Write f(xs): ...", "f(xs) should ...").
 """
 
 from collections.abc import Callable, Mapping

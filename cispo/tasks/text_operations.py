@@ -21,7 +21,7 @@ TRANSFORMS: tuple[Operation, ...] = (
     ),
     operation(
         "replace_letter", "string transforms", "str -> str", "$a.replace('$c', '$e')",
-        "replace each $c by $e", "change every $c to $e", c=LETTER, e=FRESH,
+        "replace each letter $c by $e", "change every letter $c to $e", c=LETTER, e=FRESH,
     ),
     operation(
         "sort_letters", "string transforms", "str -> str", "''.join(sorted($a))",
@@ -36,8 +36,14 @@ TRANSFORMS: tuple[Operation, ...] = (
         "''.join([ch.upper() if ch in 'aeiou' else ch for ch in $a])",
         "make vowels upper case", "turn vowels into capitals",
     ),
-    operation("prefix", "string building", "str -> str", "'$c' + $a", "put $c in front", "start $a with $c", c=FRESH),
-    operation("suffix", "string building", "str -> str", "$a + '$c'", "append $c", "end $a with $c", c=FRESH),
+    operation(
+        "prefix", "string building", "str -> str", "'$c' + $a",
+        "put the letter $c in front", "start $a with the letter $c", c=FRESH,
+    ),
+    operation(
+        "suffix", "string building", "str -> str", "$a + '$c'",
+        "append the letter $c", "end $a with the letter $c", c=FRESH,
+    ),
     operation(
         "recursive_reverse", "recursion", "str -> str", "if not $a:\n    return ''\nreturn $f($a[1:]) + $a[0]",
         "reverse by recursion", "spell $a backwards by recursion", is_recursive=True,
@@ -60,7 +66,7 @@ STRING_FILTERS: tuple[Operation, ...] = (
     ),
     operation(
         "drop_letter", "string filters", "str -> str", "''.join([ch for ch in $a if ch != '$c'])",
-        "remove each $c", "drop every $c", c=LETTER,
+        "remove each letter $c", "drop every letter $c", c=LETTER,
     ),
     operation(
         "unique_letters", "string filters", "str -> str",
@@ -73,7 +79,7 @@ STRING_COUNTS: tuple[Operation, ...] = (
     operation("size", "string counts", "str -> int", "len($a)", "count the letters", "find the length of $a"),
     operation(
         "count_letter", "string counts", "str -> int", "$a.count('$c')",
-        "count the letter $c", "count each $c in $a", c=LETTER,
+        "count the letter $c", "count each letter $c in $a", c=LETTER,
     ),
     operation(
         "count_vowels", "string counts", "str -> int", "len([ch for ch in $a if ch in 'aeiou'])",
@@ -96,11 +102,11 @@ STRING_CHECKS: tuple[Operation, ...] = (
     ),
     operation(
         "starts", "string checks", "str -> bool", "$a.startswith('$c')",
-        "check if $a starts with $c", "test for a first letter $c", c=("a", "e"),
+        "check if $a starts with letter $c", "test for a first letter $c", c=("a", "e"),
     ),
     operation(
         "has_letter", "string checks", "str -> bool", "'$c' in $a",
-        "check if $a has $c", "test if the letter $c occurs", c=LETTER,
+        "check if $a has the letter $c", "test if the letter $c occurs", c=LETTER,
     ),
     operation(
         "is_long", "string checks", "str -> bool", "len($a) > $c",
@@ -120,7 +126,7 @@ STRING_SPLITS: tuple[Operation, ...] = (
     ),
     operation(
         "letter_places", "string splits", "str -> ints", "[i for i, ch in enumerate($a) if ch == '$c']",
-        "list the indexes of $c", "find all places of the letter $c", c=LETTER,
+        "list the indexes of the letter $c", "find all places of the letter $c", c=LETTER,
     ),
     operation(
         "letter_counts", "dict building", "str -> dict", "{ch: $a.count(ch) for ch in $a}",
