@@ -72,8 +72,9 @@ def convert(node: Node, annotation: Any, path: SettingPath, mistakes: list[Mista
 
 
 def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """`did you mean 'betas'?`, or what there is to choose from."""
-    near = get_close_matches(name, list(known), n=1)
+    """`did you mean 'betas'?`, or what there is to choose from; initials count, as `lr` for `learning_rate`."""
+    initials = {"".join(part[:1] for part in key.split("_")): key for key in known}
+    near = [initials[name]] if name in initials else get_close_matches(name, list(known), n=1)
     return f"did you mean '{near[0]}'?" if near else f"there is {', '.join(sorted(known))}"
 
 
