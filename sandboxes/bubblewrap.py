@@ -89,7 +89,8 @@ class BubblewrapSandbox(SlottedSandbox):
         """/proc is read-only: a program could make the warden the kernel's choice when memory ends (oom_score_adj)."""
         size = str(limits.files_mib << 20)
         return [
-            "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
+            "--proc", "/proc", "--remount-ro", "/proc",
+            "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
             "--perms", "0700", "--size", size, "--tmpfs", "/task", "--symlink", "task", "/tmp", "--remount-ro", "/",
         ]  # fmt: skip
 

@@ -71,27 +71,27 @@ def _request(code: str, entry_point: str, tests: Sequence[Mapping[str, Any]]) ->
 class _Answers:
     """The lines of a program's answers that are what the driver would write, up to the first that is not."""
 
-    def __init__(self, stdout: bytes) -> None:
+    def __init__(self, stdout: bytes, total: int) -> None:
         self.loaded: list[Any] | None = None
         self.tests: list[list[Any]] = []
         self.is_malformed = False
         for line in stdout.split(b"\n")[:-1]:  # what follows the last line end was cut short
-            if not self._take(line):
+            is_late = self.loaded is not None and len(self.tests) == total
+            if is_late or not self._take(line):
                 self.is_malformed = True
                 break
 
     def _take(self, line: bytes) -> bool:
         try:
-            frame = json.loads(line, parse_constant=_refuse_constant)
+            frame = json.loads(line.decode("ascii"), parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
             return False
         if not isinstance(frame, list) or not frame:
             return False
         if self.loaded is None:
-            self.loaded = frame
-            return frame == ["loaded"] or (
-                len(frame) == 2 and frame[0] in ("rejected", "failed") and _is_name(frame[1])
-            )
+            is_end = len(frame) == 2 and frame[0] in ("rejected", "failed") and _is_name(frame[1])
+            self.loaded = frame if is_end or frame == ["loaded"] else None
+            return self.loaded is not None
         is_answer = len(frame) == 3 and frame[0] in ("value", "other", "error")
         is_due = is_answer and type(frame[1]) is int and frame[1] == len(self.tests) and self.loaded == ["loaded"]
         if not is_due or (frame[0] != "value" and not _is_name(frame[2])):
@@ -110,12 +110,12 @@ def _is_name(text: object) -> bool:
 
 
 def _verdict(result: ExecResult, expected: Sequence[Any]) -> Verdict:
-    answers = _Answers(result.stdout)
+    answers = _Answers(result.stdout, len(expected))
     loaded = answers.loaded or []
     is_well_formed = loaded == ["loaded"]
     total = len(expected)
     tests = [_test_status(answer, value) for answer, value in zip(answers.tests, expected, strict=False)]
-    flags = ("malformed_frames",) if answers.is_malformed or len(answers.tests) > total else ()
+    flags = ("malformed_frames",) if answers.is_malformed else ()
     status, message = VerdictStatus.OK, ""
     if is_well_formed:
         if len(tests) < total:

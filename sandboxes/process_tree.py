@@ -7,35 +7,54 @@ from pathlib import Path
 
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# Below the warden come bubblewrap and its first process inside; all deeper processes are the program's.
+SANDBOX_LEVELS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TreeUsage:
-    """cpu_s includes children that ended and were waited for; starved_s is how long the process that waited longest was
-    ready to run without getting a core; resident_bytes counts shared pages once a process."""
+    """What living processes have used so far.
+
+    cpu_s: includes children that ended and were waited for.
+    resident_bytes: shared pages count once a process.
+    starved_s: how long the program was ready to run without getting a core. It is the sum along the way to it, where
+    each waits for the next, and of the program's own processes the one that waited longest: were they added up, a
+    program could wait for itself many times over. A wait counts when it is over.
+    is_runnable: some process runs, or waits for a core or a disk, at this moment.
+    """
 
     cpu_s: float = 0.0
     resident_bytes: int = 0
     starved_s: float = 0.0
+    is_runnable: bool = False
 
 
 def tree_usage(root_pid: int) -> TreeUsage:
-    """The sum over the living descendants of `root_pid`, without itself."""
+    """The usage of the living descendants of `root_pid`, without itself."""
     stats = {int(name): fields for name in os.listdir("/proc") if name.isdigit() and (fields := _stat_fields(name))}
     children = defaultdict(list)
     for pid, fields in stats.items():
         children[int(fields[1])].append(pid)
-    found: list[int] = []
-    waiting = list(children[root_pid])
-    while waiting:
-        pid = waiting.pop()
-        found.append(pid)
-        waiting.extend(children[pid])
+    levels = [children[root_pid]]
+    while levels[-1]:
+        levels.append([child for pid in levels[-1] for child in children[pid]])
+    found = [pid for level in levels for pid in level]
+    way = [pid for level in levels[:SANDBOX_LEVELS] for pid in level]
+    own = [pid for level in levels[SANDBOX_LEVELS:] for pid in level]
     return TreeUsage(
         cpu_s=sum(sum(map(int, stats[pid][11:15])) for pid in found) / CLOCK_TICKS_PER_S,
         resident_bytes=sum(int(stats[pid][21]) for pid in found) * PAGE_BYTES,
-        starved_s=max((_starved_s(pid) for pid in found), default=0.0),
+        starved_s=sum(map(_starved_s, way)) + max(map(_starved_s, own), default=0.0),
+        is_runnable=any(stats[pid][0] in (b"R", b"D") for pid in found),
     )
+
+
+def _starved_s(pid: int) -> float:
+    """Seconds that a process ever waited for a core; 0 where the kernel does not count them."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def _stat_fields(pid: str) -> list[bytes]:
@@ -44,11 +63,3 @@ def _stat_fields(pid: str) -> list[bytes]:
         return Path("/proc", pid, "stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return []
-
-
-def _starved_s(pid: int) -> float:
-    """0 where the kernel keeps no scheduler statistics, so that all time counts as the program's own."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / 1e9
-    except OSError:
-        return 0.0

@@ -212,6 +212,7 @@ class Watch:
             self._cpu_s_before = cgroup.cpu_s()
             self._oom_kills_before = cgroup.oom_kills()
         self._seen_cpu_s = 0.0
+        self._starved_s = 0.0
         self._start = time.monotonic()
 
     def elapsed_s(self) -> float:
@@ -223,22 +224,24 @@ class Watch:
     def look(self) -> ExecStatus | None:
         """The limit that is exceeded, or None; SandboxError when the machine gives the program no time."""
         elapsed_s = self.elapsed_s()
-        is_late = elapsed_s >= self.limits.wall_s
+        is_late, is_half_late = elapsed_s >= self.limits.wall_s, 2 * elapsed_s >= self.limits.wall_s
         counts_memory = self._cgroup is not None and self._cgroup.memory is not None
         cpu_s = self._group_cpu_s()
         usage = TreeUsage()
-        if is_late or cpu_s is None or not counts_memory:
+        if is_half_late or cpu_s is None or not counts_memory:
             usage = tree_usage(self._warden_pid)
         self._seen_cpu_s = max(self._seen_cpu_s, usage.cpu_s if cpu_s is None else cpu_s)
         if self._seen_cpu_s > self.limits.cpu_s:
             return ExecStatus.TIMEOUT
         if not counts_memory and usage.resident_bytes > self.limits.memory_mib << 20:
             return ExecStatus.MEMORY_LIMIT
-        if is_late and elapsed_s - usage.starved_s >= self.limits.wall_s:
+        self._starved_s = max(self._starved_s, usage.starved_s)  # of a process that has ended since, too
+        # What runs or waits for a core is left to the limit on CPU seconds.
+        if is_late and not usage.is_runnable and elapsed_s - self._starved_s >= self.limits.wall_s:
             return ExecStatus.TIMEOUT
         if elapsed_s >= STARVED_WALL_FACTOR * self.limits.wall_s:
             raise SandboxError(
-                f"a program waited {usage.starved_s:.1f} of {elapsed_s:.1f} s for a core; "
+                f"a program waited {self._starved_s:.1f} of {elapsed_s:.1f} s for a core; "
                 "lower sandbox.workers or raise sandbox.wall_s"
             )
         return None

@@ -239,6 +239,10 @@ def test_expected_values_never_enter_the_sandbox() -> None:
 def test_names_with_control_characters_reach_no_log(judge: Judge) -> None:
     verdict = judge("def f(a, b):\n    raise type('\\x1b[2J\\n', (Exception,), {})")
     assert verdict.passed == 0 and verdict.message == ""
+    for line in (b'["rejected", "\\u001b[2J"]\n', b'["failed", ["x"]]\n', b'["anything", "\\u001b[2J"]\n'):
+        verdict = judge_calls(ScriptedSandbox([line]), "", "f", SUM_TESTS, LIMITS)
+        assert (verdict.status, verdict.message) == (VerdictStatus.RUNTIME_ERROR, "")
+        assert verdict.flags == ("malformed_frames",)
 
 
 def test_arguments_are_fresh_for_each_call(judge: Judge) -> None:
