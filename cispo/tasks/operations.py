@@ -17,7 +17,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Constant = int | str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """One step. `domain` says which operands it is defined on; `inputs` names a generator that suits it better than
     the kind's own (see `cispo.tasks.values`)."""
