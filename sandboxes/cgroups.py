@@ -18,7 +18,7 @@ MOUNT_FILE = Path("/proc/self/mountinfo")
 class Cgroup:
     """One slot's groups; a controller that is not available is None. All are one folder in version 2.
 
-    homes: the `cgroup.procs` files by which a process goes back to where it came from, one for each folder.
+    homes: the groups that this process is in, one for each folder.
     """
 
     version: int
@@ -94,10 +94,10 @@ def open_cgroup(name: str, *, mounts: str | None = None, own: str | None = None)
     homes = _own_folders(mounts, own)
     made = {kind: folder for kind in ("memory", "pids", "cpuacct") if (folder := _make(homes.get(kind), name))}
     if made:
-        ways_home = tuple(homes[kind] / "cgroup.procs" for kind in made)
-        return Cgroup(1, made.get("memory"), made.get("pids"), made.get("cpuacct"), ways_home)
+        from_where = {folder: homes[kind] for kind, folder in made.items()}
+        return Cgroup(1, made.get("memory"), made.get("pids"), made.get("cpuacct"), tuple(from_where.values()))
     if "" in homes and (folder := _make_v2(homes[""], name)):
-        return Cgroup(2, folder, folder, folder, (homes[""] / "cgroup.procs",))
+        return Cgroup(2, folder, folder, folder, (homes[""],))
     return None
 
 

@@ -15,7 +15,7 @@ class SandboxSettings(BaseModel):
     backend: Literal["auto", "bubblewrap", "unsafe-local"] = "auto"
     """`auto` takes the best isolation there is and fails without any; `unsafe-local` isolates nothing."""
     workers: int = Field(default=2, ge=1, le=256)
-    """Programs that one reward worker runs at a time."""
+    """Programs that run at a time."""
     wall_s: float = Field(default=10.0, gt=0, le=3600)
     """Seconds by the clock for one program, less those in which it waited for a core."""
     cpu_s: float = Field(default=5.0, gt=0, le=3600)

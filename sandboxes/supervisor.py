@@ -91,11 +91,10 @@ class Supervisor:
             command, pass_fds=[theirs.fileno()], env={}, cwd="/", stdin=quiet, stdout=quiet, stderr=quiet,
             start_new_session=True,
         )  # fmt: skip
-        groups = self.cgroup
-        join = [str(folder / "cgroup.procs") for folder in groups.folders] if groups else []
-        leave = [str(home) for home in groups.homes] if groups else []
+        folders = list(map(str, self.cgroup.folders)) if self.cgroup else []
+        homes = list(map(str, self.cgroup.homes)) if self.cgroup else []
         self._control.settimeout(WARDEN_TIMEOUT_S)
-        self._send(marshal.dumps((self.slot.uid, join, leave)))
+        self._send(marshal.dumps((self.slot.uid, folders, homes)))
         self._reply("ready")
 
     def run(self, job: Job) -> Ended:

@@ -41,9 +41,9 @@ def prctl(option: int, value: int) -> None:
 
 def main(control_fd: int) -> None:
     control = socket.socket(fileno=control_fd)
-    uid, join_files, leave_files = marshal.loads(control.recv(MAX_PACKET_BYTES))
+    uid, groups, homes = marshal.loads(control.recv(MAX_PACKET_BYTES))
     try:
-        prepare(uid, join_files)
+        prepare(uid, groups)
     except OSError as error:
         control.send(marshal.dumps(("failed", str(error))))
         return
@@ -52,20 +52,21 @@ def main(control_fd: int) -> None:
         serve(control, uid)
     finally:
         end_children()
-        for path in leave_files:
-            with contextlib.suppress(OSError):  # the group it came from may be gone; the owner's rmdir tells
-                write_file(path, b"0")
+        with contextlib.suppress(OSError):  # a group that is still busy is for its owner, or its next one, to remove
+            for group, home in zip(groups, homes, strict=True):
+                write_file(f"{home}/cgroup.procs", b"0")
+                os.rmdir(group)
 
 
-def prepare(uid: int | None, join_files: list[str]) -> None:
+def prepare(uid: int | None, groups: list[str]) -> None:
     """Become the slot's subreaper, end what an earlier owner of the slot left, and enter the control groups."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     if uid is not None:
         end_processes_of(uid)
-    for path in join_files:
-        write_file(path, b"0")
+    for group in groups:
+        write_file(f"{group}/cgroup.procs", b"0")
 
 
 def serve(control: socket.socket, uid: int | None) -> None:

@@ -113,7 +113,7 @@ def test_groups_of_version_2_are_made_beside_a_group_that_holds_processes(tmp_pa
     mounts = f"31 23 0:26 / {tmp_path} rw shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
     group = open_cgroup("slot", mounts=mounts, own="0::/user.slice/app.scope\n")
     assert group is not None and group.version == 2
-    assert group.folders == (made,) and group.homes == (own / "cgroup.procs",)
+    assert group.folders == (made,) and group.homes == (own,)
     (made / "memory.events").write_text("low 0\noom_kill 2\n")
     (made / "cpu.stat").write_text("usage_usec 1500000\nuser_usec 1\n")
     group.set_limits(64, 9)
