@@ -24,12 +24,13 @@ class Slot:
 
     uid: int | None
     name: str
-    _lock_fd: int | None = None
+    lock_fd: int | None = None
 
     def release(self) -> None:
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        """Let go of the lock; it is free when the warden, which inherits it, has ended too."""
+        if self.lock_fd is not None:
+            os.close(self.lock_fd)
+            self.lock_fd = None
 
 
 def take_slot(index: int, *, own_user: bool = False, lock_folder: Path = LOCK_FOLDER) -> Slot:

@@ -85,12 +85,12 @@ class Supervisor:
             raise
 
     def _start_warden(self, theirs: socket.socket) -> None:
-        command = [sys.executable, "-I", "-S", "-B", str(Path(warden.__file__).resolve()), str(theirs.fileno())]
+        fds = [theirs.fileno()] if self.slot.lock_fd is None else [theirs.fileno(), self.slot.lock_fd]
+        command = [sys.executable, "-I", "-S", "-B", str(Path(warden.__file__).resolve()), *map(str, fds)]
         quiet = subprocess.DEVNULL
         self._warden = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env={}, cwd="/", stdin=quiet, stdout=quiet, stderr=quiet,
-            start_new_session=True,
-        )  # fmt: skip
+            command, pass_fds=fds, env={}, cwd="/", stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
+        )
         folders = list(map(str, self.cgroup.folders)) if self.cgroup else []
         homes = list(map(str, self.cgroup.homes)) if self.cgroup else []
         self._control.settimeout(WARDEN_TIMEOUT_S)

@@ -1,7 +1,7 @@
 """The warden: one small process per sandbox slot that starts, ends and reaps the slot's programs, one at a time.
 
-It runs as a script of the standard library alone (`python -I -S warden.py FD`), talking to the process that opened the
-sandbox over the socket FD. It exists for three reasons:
+It runs as a script of the standard library alone (`python -I -S warden.py FD [LOCK]`), talking to the process that
+opened the sandbox over the socket FD and holding its slot's lock with it. It exists for three reasons:
 
 - it sits in the slot's control groups, so programs are born inside their limits. Moving a process in costs 5 to 20 ms
   for every program (the kernel waits for a grace period); being forked inside costs nothing;
@@ -30,6 +30,7 @@ MAX_PACKET_BYTES = 1 << 17
 MAX_FDS = 64
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 FIRST_SPARE_FD = 128
+REMOVE_ATTEMPTS, REMOVE_PAUSE_MS = 200, 5
 
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
@@ -39,7 +40,9 @@ def prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
-def main(control_fd: int) -> None:
+def main(control_fd: int, *lock_fd: int) -> None:
+    for fd in (control_fd, *lock_fd):
+        os.set_inheritable(fd, False)
     control = socket.socket(fileno=control_fd)
     uid, groups, homes = marshal.loads(control.recv(MAX_PACKET_BYTES))
     try:
@@ -52,10 +55,8 @@ def main(control_fd: int) -> None:
         serve(control, uid)
     finally:
         end_children()
-        with contextlib.suppress(OSError):  # a group that is still busy is for its owner, or its next one, to remove
-            for group, home in zip(groups, homes, strict=True):
-                write_file(f"{home}/cgroup.procs", b"0")
-                os.rmdir(group)
+        for group, home in zip(groups, homes, strict=True):
+            leave_group(group, home)
 
 
 def prepare(uid: int | None, groups: list[str]) -> None:
@@ -67,6 +68,18 @@ def prepare(uid: int | None, groups: list[str]) -> None:
         end_processes_of(uid)
     for group in groups:
         write_file(f"{group}/cgroup.procs", b"0")
+
+
+def leave_group(group: str, home: str) -> None:
+    """Go back to where the owner is and remove the group, which stays busy for some milliseconds."""
+    with contextlib.suppress(OSError):  # the home is gone
+        write_file(f"{home}/cgroup.procs", b"0")
+    for _ in range(REMOVE_ATTEMPTS):
+        try:
+            os.rmdir(group)
+            return
+        except OSError:
+            select.poll().poll(REMOVE_PAUSE_MS)
 
 
 def serve(control: socket.socket, uid: int | None) -> None:
@@ -258,4 +271,4 @@ def write_file(path: str, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))
