@@ -107,6 +107,7 @@ def test_a_killed_owner_takes_its_wardens_and_programs_along(seed: int) -> None:
         assert owner.stdout is not None and owner.stdout.readline() == b"open\n"
         time.sleep(random.Random(seed).uniform(0.0, 0.05))
         wardens = children_of(owner.pid)
+        groups = {path for path in all_slot_groups() if set(map(str, wardens)) & pids_in(path)}
         owner.kill()
     assert wardens
     assert wait_until_gone(mark) == []
@@ -114,20 +115,22 @@ def test_a_killed_owner_takes_its_wardens_and_programs_along(seed: int) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in wardens) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in wardens)
-    assert not {path for path in slot_groups() if not (path / "cgroup.procs").read_text()}
+    assert not {path for path in groups if path.exists() and not pids_in(path)}
 
 
 def test_closing_leaves_no_zombie_no_descriptor_and_no_group() -> None:
     before = set(os.listdir("/proc/self/fd"))
-    groups_before = slot_groups()
+    others = set(children_of(os.getpid()))
     with open_sandbox(workers=2) as sandbox, ThreadPoolExecutor(2) as pool:
         python = sandbox.capabilities().python
         runs = [pool.submit(sandbox.run, [python, "-S", "-c", "pass"]) for _ in range(8)]
         assert all(run.result().status is ExecStatus.OK for run in runs)
-        mine = children_of(os.getpid())
-    assert not set(children_of(os.getpid())) & {pid for pid in mine if "warden.py" in command_of(pid)}
+        wardens = set(children_of(os.getpid())) - others
+        groups = {path for path in all_slot_groups() if set(map(str, wardens)) & pids_in(path)}
+    assert len(wardens) == 2
+    assert not wardens & set(children_of(os.getpid()))
     assert set(os.listdir("/proc/self/fd")) == before
-    assert not slot_groups() - groups_before
+    assert not {path for path in groups if path.exists() and not pids_in(path)}
     sandbox.close()
     with pytest.raises(SandboxError, match="closed"):
         sandbox.run([python])
@@ -140,14 +143,15 @@ def command_of(pid: int) -> str:
         return ""
 
 
-def slot_groups() -> set[Path]:
-    return {path for path in Path("/sys/fs/cgroup").rglob("cispo-sandbox-*") if owned_by_this_process(path)}
+def all_slot_groups() -> set[Path]:
+    return set(Path("/sys/fs/cgroup").rglob("cispo-sandbox-*"))
 
 
-def owned_by_this_process(path: Path) -> bool:
-    """Other runs of the machine may come and go while a test runs; ours are told by their wardens' parent."""
-    pids = (path / "cgroup.procs").read_text().split() if path.exists() else []
-    return not pids or any(int(pid) in children_of(os.getpid()) for pid in pids)
+def pids_in(group: Path) -> set[str]:
+    try:
+        return set((group / "cgroup.procs").read_text().split())
+    except OSError:
+        return set()
 
 
 def test_processes_at_one_time_get_user_ids_of_their_own() -> None:
