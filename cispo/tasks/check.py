@@ -22,6 +22,10 @@ MAX_TICKS = 2_000
 """Calls and loop rounds that one run may take; the references stay far below."""
 
 
+MAX_REPEATS = 100_000_000
+"""How often a program may repeat a text or list with `*`."""
+
+
 class TooLongError(RuntimeError):
     """A mutant that runs on and on: of no use as a test of tests, nor as an example."""
 
@@ -40,7 +44,13 @@ class Case:
 
 
 class _Ticks(ast.NodeTransformer):
-    """Puts a call of `_tick` at the head of every function and loop body."""
+    """Puts a call of `_tick` at the head of every function and loop body, and `_times` in the place of products."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Mult):
+            return node
+        return ast.Call(ast.Name("_times", ast.Load()), [node.left, node.right], [])
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         return self._tick(node)
@@ -61,6 +71,14 @@ def _bounded_range(*bounds: int) -> range:
     return result
 
 
+def _bounded_times(left: Any, right: Any) -> Any:
+    """`left * right`, unless it repeats a text or list so often that memory, not the program, would decide."""
+    for one, other in ((left, right), (right, left)):
+        if isinstance(one, str | list) and isinstance(other, int) and other > MAX_REPEATS:
+            raise TooLongError(f"{other} repetitions")
+    return left * right
+
+
 def load_function(source: str, entry_point: str) -> Callable[..., Any]:
     """The function of a source that this package wrote; a call raises TooLongError after MAX_TICKS."""
     ticks = 0
@@ -71,9 +89,9 @@ def load_function(source: str, entry_point: str) -> Callable[..., Any]:
         if ticks > MAX_TICKS:
             raise TooLongError(f"{entry_point} took more than {MAX_TICKS} calls and loop rounds")
 
-    namespace: dict[str, Any] = {"_tick": tick, "range": _bounded_range}
+    namespace: dict[str, Any] = {"_tick": tick, "range": _bounded_range, "_times": _bounded_times}
     tree = ast.parse(source)
-    if "    for " in source or f"{HELPER}(" in source or source.count(f"{entry_point}(") > 1:
+    if " * " in source or "    for " in source or f"{HELPER}(" in source or source.count(f"{entry_point}(") > 1:
         tree = ast.fix_missing_locations(_Ticks().visit(tree))
     exec(compile(tree, "<task>", "exec"), namespace)
     function: Callable[..., Any] = namespace[entry_point]

@@ -178,6 +178,8 @@ def test_a_mutant_that_runs_on_is_no_bug_to_learn_from() -> None:
     assert not trial.is_plausible(2)
     with pytest.raises(TooLongError):
         load_function("def f(n):\n    return list(range(n))", "f")(10**9)
+    with pytest.raises(TooLongError):
+        load_function("def f(n):\n    return 'x' * n", "f")(10**9)
 
 
 def test_a_mutant_that_mostly_raises_is_implausible() -> None:
