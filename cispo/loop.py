@@ -16,7 +16,7 @@ from cispo.data import load_prompts
 from cispo.errors import DataError, RecipeError, RunFolderError
 from cispo.evaluation import Evaluation, describe_gain, evaluate
 from cispo.group_metrics import add_groups
-from cispo.metrics import Mean, StepMetrics, Sum
+from cispo.metrics import StepMetrics, Sum
 from cispo.model.tokenizer import Tokenizer
 from cispo.prompt_order import prompts_of_step
 from cispo.ray_runtime import ray_session
@@ -91,6 +91,7 @@ class _Run:
             self.views.message(f"held-out before: {self._before}")
             if self.folder.last_step() is None:
                 self.folder.append_metrics(0, self._before.metrics())
+                self.views.step(0, self._before.metrics())
         self.crew.broadcast()
         if not checkpoints:
             self._save()
@@ -151,11 +152,9 @@ class _Run:
         return evaluate(self.crew, self.heldout, self.recipe.evaluation, self._progress("evaluation"))
 
     def _add_reward_statistics(self, metrics: StepMetrics) -> None:
-        """Counts add up over reward workers; shares and means are averaged."""
         for statistics in self.crew.reward_statistics():
             for name, value in statistics.items():
-                is_count = name in ("sandbox/executions", "sandbox/cache_hits")
-                metrics.add(name, Sum(value) if is_count else Mean(value))
+                metrics.add(name, Sum(value))
 
     def _save(self) -> None:
         self.crew.save(self.folder.checkpoint_path(self.step), {"step": self.step})

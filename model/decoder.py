@@ -70,7 +70,8 @@ class Layer(nn.Module):
     def _channel_mix(self, x_ND: Tensor, mixed_ND: Tensor) -> Tensor:
         h_ND = self.mixer_alpha * x_ND + self.mixer_beta * mixed_ND
         x_ND = F.rms_norm(h_ND, self.expert_norm.shape, self.expert_norm, self.epsilon)
-        return self.expert_alpha * x_ND + self.expert_beta * self.experts(x_ND)
+        chosen_ND: Tensor = self.experts(x_ND)
+        return self.expert_alpha * x_ND + self.expert_beta * chosen_ND
 
 
 class Decoder(nn.Module):

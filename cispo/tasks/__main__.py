@@ -1,4 +1,4 @@
-"""`python -m cispo.tasks OUT_DIR [--seed 0] [--imperfect-share 0.5] [--tokenizer FOLDER]` writes the task files."""
+"""`python -m cispo.tasks OUT_DIR [--seed 0] [--imperfect-share 0.6] [--tokenizer FOLDER]` writes the task files."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("folder", metavar="OUT_DIR", type=Path, help="where the .jsonl files go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--imperfect-share", type=_share, default=0.5, help="share of wrong completions in the corpus, 0 to 1"
+        "--imperfect-share", type=_share, default=0.6, help="share of wrong completions in the corpus, 0 to 1"
     )
     parser.add_argument("--corpus-rows", type=int, default=CORPUS_ROWS)
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="also train a tokenizer on the corpus")

@@ -19,7 +19,7 @@ from cispo.tasks.operations import Operation
 from cispo.tasks.splits import Groups, split_programs
 from cispo.tasks.structure import structure
 
-CORPUS_ROWS = 16_000
+CORPUS_ROWS = 48_000
 REPEATS = 3
 """In how many sft compositions each operation is first at least, and in how many second, where so many are sound."""
 
@@ -66,7 +66,7 @@ def write_files(
     folder: Path,
     *,
     seed: int = 0,
-    imperfect_share: float = 0.5,
+    imperfect_share: float = 0.6,
     operations: Sequence[Operation] = OPERATIONS,
     corpus: int = CORPUS_ROWS,
 ) -> dict[str, int]:

@@ -109,10 +109,10 @@ def code_of(completion: str) -> str:
 
 def test_the_corpus_is_of_mixed_quality_and_always_of_the_right_form() -> None:
     rows = read("sft_corpus")
-    assert len(rows) >= 15_000 and len({row["prompt"] for row in rows}) == len(rows)
+    assert len(rows) >= 45_000 and len({row["prompt"] for row in rows}) == len(rows)
     assert all(set(row) == {"id", "prompt", "completion", "is_correct"} for row in rows)
     share = sum(row["is_correct"] for row in rows) / len(rows)
-    assert 0.45 < share < 0.55
+    assert 0.37 < share < 0.43
     for row in rows:
         function = ast.parse(code_of(row["completion"])).body[-1]
         assert isinstance(function, ast.FunctionDef)
