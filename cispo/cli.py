@@ -1,4 +1,4 @@
-"""The command line: `cispo train|sft|eval|recipes|version`.
+"""The command line: `cispo train|sft|eval|view|recipes|version`.
 
 Commands import what they need when they run, so that help is instant.
 """
@@ -114,6 +114,16 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def view(options: argparse.Namespace) -> int:
+    """Show what a step of a run sampled, group by group."""
+    from rich.console import Console
+
+    from cispo.views.rollouts import print_rollouts
+
+    print_rollouts(options.run, options.step, options.limit, Console())
+    return 0
+
+
 def recipes(options: argparse.Namespace) -> int:
     """List the packaged recipes, or print one of them."""
     from cispo.resources import find_recipe, packaged_recipes
@@ -159,6 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "eval", evaluate, "measure a policy: pass@1 with its 95%% interval")
     _add_recipe(command, default="code")
     command.add_argument("--policy", metavar="PATH", help="policy folder to measure, in place of the recipe's")
+
+    command = _add(commands, "view", view, "show what a step of a run sampled, with rewards and verdicts")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    command.add_argument("--step", type=int, help="step to show (default: the last one)")
+    command.add_argument("--limit", type=int, default=5, help="groups to show (default: 5)")
 
     command = _add(commands, "recipes", recipes, "list the packaged recipes, or print one")
     command.add_argument("name", nargs="?", help="packaged recipe to print")

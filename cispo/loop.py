@@ -22,6 +22,7 @@ from cispo.prompt_order import prompts_of_step
 from cispo.ray_runtime import ray_session
 from cispo.recipe.schema import TrainRecipe
 from cispo.resources import resolve_policy
+from cispo.rewards.statistics import verdict_shares
 from cispo.run_folder import RunFolder, plain_settings
 from cispo.types import Prompt, ScoredGroup
 from cispo.views import Views, open_views
@@ -101,6 +102,7 @@ class _Run:
         metrics = StepMetrics()
         groups = self._sample_and_score(step, metrics)
         add_groups(metrics, groups, full_reward=sum(max(reward.weight, 0.0) for reward in self.recipe.rewards))
+        metrics.update(verdict_shares([score for group in groups for score in group.scores]))
         self.folder.write_rollouts(step, groups)
         self.views.phase("train", 0, 0)
         metrics.update(self.crew.train(groups, step))
@@ -152,6 +154,7 @@ class _Run:
         return evaluate(self.crew, self.heldout, self.recipe.evaluation, self._progress("evaluation"))
 
     def _add_reward_statistics(self, metrics: StepMetrics) -> None:
+        """Counters of the reward workers; what they hold depends on their caches, so all of them are times or perf."""
         for statistics in self.crew.reward_statistics():
             for name, value in statistics.items():
                 metrics.add(name, Sum(value))

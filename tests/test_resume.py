@@ -1,0 +1,127 @@
+"""The whole run from the command line: repeatable bit for bit, killed at any moment and resumed to equal numbers."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+STEPS = 4
+ARGUMENTS = [
+    f"steps={STEPS}", "rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.workers=1", "sandbox.workers=1",
+    "learner.updates_per_step=4", "evaluation=null", "ray.dashboard=false", "logging.console=lines",
+]  # fmt: skip
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "cispo.cli", "train", "code", *ARGUMENTS, "--run-dir", str(folder), *options]
+    with (folder.parent / f"{folder.name}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder.parent)
+
+
+def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
+    code = process.wait(timeout=240)
+    assert code == 0, (folder.parent / f"{folder.name}.log").read_text(encoding="utf-8")[-3000:]
+
+
+def kill_everything(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the driver, its process group and every actor it started, all at once."""
+    family = descendants(process.pid)
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    while any(Path(f"/proc/{pid}").exists() for pid in family):
+        time.sleep(0.02)
+
+
+def descendants(pid: int) -> list[int]:
+    """Pids of all processes below this one."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, own in parents.items() if own == parent]
+    return found[1:]
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Hashes of what must be equal: metrics less their times, rollouts, weights, optimiser and policy version."""
+    lines = []
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        lines.append({name: value for name, value in record.items() if not name.startswith(("time_s/", "perf/"))})
+    assert [record["step"] for record in lines] == list(range(1, STEPS + 1))
+    last = folder / "checkpoints" / f"step_{STEPS:06d}"
+    files = [
+        *sorted((folder / "rollouts").iterdir()),
+        last / "policy" / "model.safetensors",
+        last / "learner.safetensors",
+    ]
+    hashes = {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {"metrics": hashlib.sha256(json.dumps(lines).encode()).hexdigest(), **hashes}
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], float]:
+    """Fingerprint of the run that nobody disturbs, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    started = time.monotonic()
+    finish(start(folder), folder)
+    return fingerprint(folder), time.monotonic() - started
+
+
+def kill_and_resume(folder: Path, delay_s: float) -> None:
+    process = start(folder)
+    while not (folder / "checkpoints").is_dir() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(delay_s)
+    if process.poll() is None:
+        kill_everything(process)
+    finish(start(folder, "--resume"), folder)
+
+
+def steps_kept(folder: Path) -> int:
+    return max((int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*")), default=0)
+
+
+def test_a_killed_and_resumed_run_equals_one_left_alone(
+    left_alone: tuple[dict[str, str], float], tmp_path: Path
+) -> None:
+    """The killed run is a second run with the same seed up to the kill, so this shows repeatability too."""
+    expected, seconds = left_alone
+    delay_s = random.uniform(0.3, 0.8) * seconds
+    print(f"killed {delay_s:.2f} s after the run folder appeared")
+    kill_and_resume(tmp_path / "killed", delay_s)
+    assert fingerprint(tmp_path / "killed") == expected
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_any_time(left_alone: tuple[dict[str, str], float], tmp_path: Path) -> None:
+    expected, seconds = left_alone
+    for attempt in range(20):
+        delay_s = random.uniform(0.0, seconds)
+        folder = tmp_path / f"killed_{attempt}"
+        process = start(folder)
+        while not (folder / "checkpoints").is_dir() and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(delay_s)
+        if process.poll() is None:
+            kill_everything(process)
+        metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
+        kept = steps_kept(folder)
+        print(f"kill {attempt}: {delay_s:.2f} s after the folder appeared, {metrics} lines, checkpoint of step {kept}")
+        assert metrics - kept <= 1, "more than one generation batch would be done again"
+        finish(start(folder, "--resume"), folder)
+        assert fingerprint(folder) == expected, f"kill {attempt}, {delay_s:.2f} s after the folder appeared"
