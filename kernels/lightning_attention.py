@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
@@ -29,12 +30,17 @@ QUERY_ROWS = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decays:
-    """The constants of one layer's slopes [H]: within_HCC is M, query_HC1 is lq, key_HC1 is lk, chunk_H11 is lam."""
+    """The constants of one layer's slopes [H]: within_HCC is M, query_HC1 is lq, key_HC1 is lk, chunk_H11 is lam.
+
+    within_CHC and query_CH11 are M and lq by row, for the one row of a decode step.
+    """
 
     within_HCC: Tensor
     query_HC1: Tensor
     key_HC1: Tensor
     chunk_H11: Tensor
+    within_CHC: Tensor
+    query_CH11: Tensor
 
 
 def decays(slopes_H: Tensor) -> Decays:
@@ -43,11 +49,14 @@ def decays(slopes_H: Tensor) -> Decays:
     row_C = torch.arange(CHUNK_LENGTH, device=slopes_H.device, dtype=torch.float32)
     distance_CC = row_C[:, None] - row_C[None, :]
     within_HCC = torch.exp(-slopes_H11 * distance_CC.clamp(min=0)) * (distance_CC >= 0)
+    query_HC1 = torch.exp(-slopes_H11 * (row_C[None, :, None] + 1))
     return Decays(
         within_HCC=within_HCC,
-        query_HC1=torch.exp(-slopes_H11 * (row_C[None, :, None] + 1)),
+        query_HC1=query_HC1,
         key_HC1=torch.exp(-slopes_H11 * (CHUNK_LENGTH - 1 - row_C[None, :, None])),
         chunk_H11=torch.exp(-slopes_H11 * CHUNK_LENGTH),
+        within_CHC=within_HCC.transpose(0, 1).contiguous(),
+        query_CH11=query_HC1.transpose(0, 1).unsqueeze(3).contiguous(),
     )
 
 
@@ -140,6 +149,7 @@ def lightning_decode(
     k_BHD: Tensor,
     v_BHD: Tensor,
     slopes: Decays,
+    every_B: Tensor,
     row_B: Tensor,
     full_rows: Tensor | None,
     state_BHDD: Tensor,
@@ -148,18 +158,16 @@ def lightning_decode(
 ) -> Tensor:
     """One token for each of B sequences; float32 [B, H, D]. The three caches are updated in place.
 
-    row_B: row of the token in its chunk (position modulo 64), int64. full_rows: indices of the sequences whose chunk
-    this token completes (int64), or None when there is none; their state takes the chunk in and the rows start anew.
+    every_B: 0 .. B - 1, int64. row_B: row of the token in its chunk (position modulo 64), int64. full_rows: indices of
+    the sequences whose chunk this token completes (int64), or None when there is none; their state takes the chunk in
+    and the rows start anew.
     """
-    batch, heads, dim = q_BHD.shape
-    every = torch.arange(batch, device=row_B.device)
-    k_recent_BHCD[every, :, row_B] = k_BHD.float()
-    v_recent_BHCD[every, :, row_B] = v_BHD.float()
-    query = q_BHD.new_zeros(batch, heads, QUERY_ROWS, dim, dtype=torch.float32)
-    query[:, :, 0] = q_BHD
-    within = slopes.within_HCC.index_select(1, row_B).transpose(0, 1).unsqueeze(2)
+    k_recent_BHCD[every_B, :, row_B] = k_BHD.float()
+    v_recent_BHCD[every_B, :, row_B] = v_BHD.float()
+    query = F.pad(q_BHD.float().unsqueeze(2), (0, 0, 0, QUERY_ROWS - 1))
+    within = slopes.within_CHC.index_select(0, row_B).unsqueeze(2)
     scores = _product(query, k_recent_BHCD.transpose(2, 3)).mul_(within)
-    decayed = _product(query, state_BHDD).mul_(slopes.query_HC1.index_select(1, row_B).transpose(0, 1).unsqueeze(2))
+    decayed = _product(query, state_BHDD).mul_(slopes.query_CH11.index_select(0, row_B))
     out = _product(scores, v_recent_BHCD).add_(decayed)[:, :, 0]
     if full_rows is not None:
         kv = _chunk_kv(k_recent_BHCD.index_select(0, full_rows), v_recent_BHCD.index_select(0, full_rows), slopes)

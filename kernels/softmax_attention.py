@@ -8,10 +8,12 @@ N packed tokens, M chunks (query and key tiles alike), B sequences, H query head
 key head, C = 64 rows of a tile, D head dim, P pages of a cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
@@ -105,34 +107,43 @@ def softmax_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, grid: ChunkGr
     return grid.gather(out.view(-1, heads, CHUNK_LENGTH, dim))
 
 
-def softmax_decode(
-    q_BHD: Tensor, k_pages_PKCD: Tensor, v_pages_PKCD: Tensor, pages_BJ: Tensor, position_B: Tensor
-) -> Tensor:
-    """One query for each of B sequences against its pages; float32 [B, H, D].
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeTile:
+    """One key tile of a decode step: its page for each sequence, and what the masks of all softmax layers are.
 
-    pages_BJ: page of each key tile of a sequence (int64; entries past its last tile are never read as keys).
-    position_B: position of the query, whose own key is in its page already.
+    hidden_B11C: True where a key is not before the query, or None if no key is. reached_B1: False for the sequences
+    that end before this tile, or None if none does.
+    """
+
+    page_B: Tensor
+    hidden_B11C: Tensor | None
+    reached_B1: Tensor | None
+
+
+def softmax_decode(q_BHD: Tensor, k_pages_PKCD: Tensor, v_pages_PKCD: Tensor, tiles: Sequence[DecodeTile]) -> Tensor:
+    """One query for each of B sequences against the pages of its tiles, in order; float32 [B, H, D].
+
+    The query's own key is in its page already.
     """
     batch, heads, dim = q_BHD.shape
     key_heads = k_pages_PKCD.shape[1]
     group = heads // key_heads
-    rows = -(-group // QUERY_ROWS) * QUERY_ROWS
-    q = q_BHD.new_zeros(batch, key_heads, rows, dim, dtype=torch.float32)
-    q[:, :, :group] = (q_BHD.float() * dim**-0.5).view(batch, key_heads, group, dim)
-    running = _empty(q.flatten(0, 1))
-    last_tile_B = position_B // CHUNK_LENGTH
-    row_C = torch.arange(CHUNK_LENGTH, device=q.device)
-    for j in range(pages_BJ.shape[1]):
-        pages = pages_BJ[:, j]
-        tile = [x.index_select(0, pages).flatten(0, 1) for x in (k_pages_PKCD, v_pages_PKCD)]
-        hidden_BC = j * CHUNK_LENGTH + row_C > position_B[:, None]
-        hidden = hidden_BC.repeat_interleave(key_heads, 0).unsqueeze(1)
-        updated = _absorb_tile(running, q.flatten(0, 1), tile[0], tile[1], hidden)
-        reached = (last_tile_B >= j).repeat_interleave(key_heads).view(-1, 1, 1)
-        running = (
-            torch.where(reached, updated[0], running[0]),
-            torch.where(reached, updated[1], running[1]),
-            torch.where(reached, updated[2], running[2]),
-        )
+    spare = -group % QUERY_ROWS
+    q = F.pad((q_BHD.float() * dim**-0.5).view(batch * key_heads, group, dim), (0, 0, 0, spare))
+    running = _empty(q)
+    for tile in tiles:
+        k, v = (pages.index_select(0, tile.page_B).flatten(0, 1) for pages in (k_pages_PKCD, v_pages_PKCD))
+        hidden = tile.hidden_B11C
+        if hidden is not None:
+            hidden = hidden.expand(-1, key_heads, 1, -1).reshape(-1, 1, CHUNK_LENGTH)
+        updated = _absorb_tile(running, q, k, v, hidden)
+        if tile.reached_B1 is not None:
+            reached = tile.reached_B1.expand(-1, key_heads).reshape(-1, 1, 1)
+            updated = (
+                torch.where(reached, updated[0], running[0]),
+                torch.where(reached, updated[1], running[1]),
+                torch.where(reached, updated[2], running[2]),
+            )
+        running = updated
     _, total, out = running
-    return (out / total).view(batch, key_heads, rows, dim)[:, :, :group].reshape(batch, heads, dim)
+    return (out / total)[:, :group].reshape(batch, heads, dim)

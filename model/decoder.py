@@ -83,6 +83,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Parameter(torch.empty(config.vocabulary_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.final_norm = nn.Parameter(torch.ones(config.hidden_size))
+        self._rotary_table: Tensor | None = None
         if not config.tie_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocabulary_size, config.hidden_size))
 
@@ -116,7 +117,7 @@ class Decoder(nn.Module):
         there, for `decode` to go on from.
         """
         grid = chunk_grid(cu_seqlens.diff().tolist(), ids_N.device)
-        rotary = rotary_table(positions_N, self.config.rotary_dim, self.config.rope_theta)
+        rotary = self._rotary(max(grid.lengths)).index_select(0, positions_N)
         h_ND = F.embedding(ids_N, self.embedding)
         for index, layer in enumerate(self.layers):
             h_ND = layer(h_ND, rotary, grid, cache.layers[index] if cache else None, target)
@@ -124,12 +125,24 @@ class Decoder(nn.Module):
 
     def decode(self, ids_B: Tensor, step: DecodeStep, cache: DecodeCache) -> Tensor:
         """Hidden state of one more token of each sequence in slots 0 .. B - 1; [B, D]."""
-        rotary = rotary_table(step.position_B, self.config.rotary_dim, self.config.rope_theta)
+        rotary = self._rotary(step.positions).index_select(0, step.position_B)
         h_BD = F.embedding(ids_B, self.embedding)
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             h_BD = layer.decode(h_BD, rotary, step, cache.layers[index])
         return F.rms_norm(h_BD, self.final_norm.shape, self.final_norm, self.config.norm_epsilon)
+
+    def _rotary(self, positions: int) -> Tensor:
+        """The rotary table of at least so many positions; it is kept, and doubled when it is too short."""
+        table = self._rotary_table
+        if table is None or table.shape[0] < positions or table.device != self.embedding.device:
+            length = max(1024, 1 << (positions - 1).bit_length())
+            # The engine steps in inference mode, and a table made there could take no part in the learner's backward.
+            with torch.inference_mode(False):
+                positions_P = torch.arange(length, device=self.embedding.device)
+                table = rotary_table(positions_P, self.config.rotary_dim, self.config.rope_theta)
+            self._rotary_table = table
+        return table
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Float32 logits [N, V]."""

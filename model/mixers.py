@@ -105,7 +105,7 @@ class LightningMixer(nn.Module):
         q, k, v, gate = self._project(x_BD)
         batch = x_BD.shape[0]
         own = (state[name][:batch] for name in ("state", "k_recent", "v_recent"))
-        out = lightning_decode(q, k, v, self.decays(x_BD.device), step.row_B, step.full_rows, *own)
+        out = lightning_decode(q, k, v, self.decays(x_BD.device), step.every_B, step.row_B, step.full_rows, *own)
         return self._finish(out, gate)
 
 
@@ -159,7 +159,7 @@ class SoftmaxMixer(nn.Module):
         q, k, v = self._project(x_BD, rotary_BA)
         state["k_pages"][step.write_page_B, :, step.row_B] = k.float()
         state["v_pages"][step.write_page_B, :, step.row_B] = v.float()
-        out = softmax_decode(q, state["k_pages"], state["v_pages"], step.pages_BJ, step.position_B)
+        out = softmax_decode(q, state["k_pages"], state["v_pages"], step.tiles)
         return product(out.flatten(1).to(x_BD.dtype), self.out)
 
 
