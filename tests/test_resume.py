@@ -82,14 +82,14 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str]
     return fingerprint(folder), time.monotonic() - started
 
 
-def kill_and_resume(folder: Path, delay_s: float) -> None:
+def kill_after(folder: Path, delay_s: float) -> None:
+    """Start a run and kill all of it so long after its folder has appeared."""
     process = start(folder)
     while not (folder / "checkpoints").is_dir() and process.poll() is None:
         time.sleep(0.02)
     time.sleep(delay_s)
     if process.poll() is None:
         kill_everything(process)
-    finish(start(folder, "--resume"), folder)
 
 
 def steps_kept(folder: Path) -> int:
@@ -103,7 +103,8 @@ def test_a_killed_and_resumed_run_equals_one_left_alone(
     expected, seconds = left_alone
     delay_s = random.uniform(0.3, 0.8) * seconds
     print(f"killed {delay_s:.2f} s after the run folder appeared")
-    kill_and_resume(tmp_path / "killed", delay_s)
+    kill_after(tmp_path / "killed", delay_s)
+    finish(start(tmp_path / "killed", "--resume"), tmp_path / "killed")
     assert fingerprint(tmp_path / "killed") == expected
 
 
@@ -113,12 +114,7 @@ def test_twenty_kills_at_any_time(left_alone: tuple[dict[str, str], float], tmp_
     for attempt in range(20):
         delay_s = random.uniform(0.0, seconds)
         folder = tmp_path / f"killed_{attempt}"
-        process = start(folder)
-        while not (folder / "checkpoints").is_dir() and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(delay_s)
-        if process.poll() is None:
-            kill_everything(process)
+        kill_after(folder, delay_s)
         metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
         kept = steps_kept(folder)
         print(f"kill {attempt}: {delay_s:.2f} s after the folder appeared, {metrics} lines, checkpoint of step {kept}")
