@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cispo.kernels.pointwise import silu
+
 ROW_MULTIPLE = 4
 
 
@@ -130,7 +132,7 @@ def swiglu_experts(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF
     dispatch = _dispatch(routing.expert_ids_NK, gate_up_EFD.shape[0])
     buffer_RD = _permute(x_ND, dispatch)
     gate_RF, up_RF = grouped_product(buffer_RD, gate_up_EFD, dispatch.row_ends_E).chunk(2, dim=-1)
-    hidden_RF = torch.nn.functional.silu(gate_RF) * up_RF
+    hidden_RF = silu(gate_RF) * up_RF
     out_RD = grouped_product(hidden_RF, down_EDF, dispatch.row_ends_E)
     return _combine(out_RD, routing.weight_NK, dispatch)
 
@@ -143,7 +145,7 @@ def swiglu_experts_dense(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, do
     experts = gate_up_EFD.shape[0]
     x_END = x_ND.unsqueeze(0).expand(experts, *x_ND.shape)
     gate_ENF, up_ENF = torch.bmm(x_END, gate_up_EFD.transpose(1, 2)).chunk(2, dim=-1)
-    out_END = torch.bmm(torch.nn.functional.silu(gate_ENF) * up_ENF, down_EDF.transpose(1, 2))
+    out_END = torch.bmm(silu(gate_ENF) * up_ENF, down_EDF.transpose(1, 2))
     token_N1 = torch.arange(x_ND.shape[0], device=x_ND.device).unsqueeze(1)
     rows_NKD = out_END[routing.expert_ids_NK, token_N1]
     return _weighted_sum(rows_NKD, routing.weight_NK).to(x_ND.dtype)

@@ -20,6 +20,7 @@ from cispo.kernels.lightning_attention import (
     lightning_decode,
     lightning_final_state,
 )
+from cispo.kernels.pointwise import sigmoid, silu
 from cispo.kernels.product import product
 from cispo.kernels.softmax_attention import softmax_attention, softmax_decode
 from cispo.model.cache import DecodeStep, PrefillTarget, State, StateSpec
@@ -83,12 +84,12 @@ class LightningMixer(nn.Module):
     def _project(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inner = self.heads * self.head_dim
         qkv_NI, gate_NI = product(x_ND, self.qkv_gate).split([3 * inner, inner], dim=-1)
-        q, k, v = F.silu(qkv_NI).view(-1, self.heads, 3 * self.head_dim).split(self.head_dim, dim=-1)
+        q, k, v = silu(qkv_NI).view(-1, self.heads, 3 * self.head_dim).split(self.head_dim, dim=-1)
         return q, k, v, gate_NI
 
     def _finish(self, out_NHA: Tensor, gate_NI: Tensor) -> Tensor:
         normed = F.rms_norm(out_NHA.flatten(1).to(gate_NI.dtype), self.norm.shape, self.norm, _LIGHTNING_NORM_EPSILON)
-        return product(torch.sigmoid(gate_NI) * normed, self.out)
+        return product(sigmoid(gate_NI) * normed, self.out)
 
     def forward(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None

@@ -37,6 +37,22 @@ def test_packed_and_alone_are_bitwise_equal(decoder: Decoder) -> None:
         assert torch.equal(decoder(*packed([sequence])), rows)
 
 
+def test_the_number_of_threads_changes_no_bit(decoder: Decoder) -> None:
+    """Rollout workers share the cores and the learner has all of them, so the two never have equally many threads."""
+    generator = torch.Generator().manual_seed(6)
+    sequences = [torch.randint(0, decoder.config.vocabulary_size, (n,), generator=generator) for n in LENGTHS * 2]
+    before = torch.get_num_threads()
+    try:
+        outputs = []
+        for threads in (1, 3, 5):
+            torch.set_num_threads(threads)
+            outputs.append(decoder(*packed(sequences)).detach())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
 @torch.inference_mode()
 def test_prefill_and_decode_are_bitwise_equal_to_one_forward(decoder: Decoder) -> None:
     sequences = [sequence for sequence in random_sequences(decoder) if len(sequence) > 1]
