@@ -4,6 +4,7 @@ Groups stream: as soon as one has ended in a rollout worker it goes to a reward 
 Which worker does what changes no result, so work is dealt out for speed alone.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ class Crew:
         """On one GPU learner and rollout workers share it; rewards never see one."""
         if name.startswith("reward") or self._recipe.policy.device == "cpu" or not _gpus():
             return 0.0
-        return 1.0 / (1 + self._recipe.rollout.workers)
+        return gpu_share(1 + self._recipe.rollout.workers)
 
     def _wait_until_ready(self) -> None:
         timeout_s = self._recipe.ray.start_timeout_s
@@ -110,10 +111,14 @@ class Crew:
                 progress(len(scored), len(prompts))
                 continue
             try:
-                waiting.append(next(event))
-                sampled_at = time.perf_counter()
+                sampled = next(event)
             except StopIteration:
                 del streams[event]
+                continue
+            # A stream that broke hands out its error as a group; found here, it is not laid at a reward worker's door.
+            self._call(sampled, f"{streams[event]} to sample a group")
+            waiting.append(sampled)
+            sampled_at = time.perf_counter()
         times = {"time_s/rollout": sampled_at - started, "time_s/reward": time.perf_counter() - sampled_at}
         return [scored[prompt.id] for prompt in prompts], times
 
@@ -165,6 +170,11 @@ class Crew:
 
     def _call(self, reference: Any, what: str) -> Any:
         return await_result(reference, timeout_s=self._recipe.ray.call_timeout_s, what=what)
+
+
+def gpu_share(actors: int) -> float:
+    """An equal share of one GPU, rounded down to the 1/10000 that Ray counts in: rounded up, the last would not fit."""
+    return math.floor(10_000 / actors) / 10_000
 
 
 def _gpus() -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from cispo import errors
 from cispo.errors import CispoError, DeadlineError
 from cispo.recipe.schema import RaySettings
 
@@ -38,7 +39,8 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 def await_result(reference: Any, *, timeout_s: float, what: str) -> Any:
     """The value of an object reference; DeadlineError after `timeout_s` seconds, CispoErrors of an actor as they are.
 
-    what: the wait in words, such as "rollout:1 to take weights of version 3".
+    what: the wait in words, such as "rollout:1 to take weights of version 3". Any other exception of an actor is a bug
+    and comes as Ray's own, with the actor's traceback.
     """
     import ray
 
@@ -53,11 +55,22 @@ def await_result(reference: Any, *, timeout_s: float, what: str) -> Any:
         cause = error.cause
         if isinstance(cause, CispoError):
             raise type(cause)(*cause.args) from error
+        error.add_note(f"raised while the run waited for {what}")
         raise
     except ray.exceptions.RayActorError as error:
-        died = f"an actor died while the run waited for {what} ({_first_line(error)})"
-        raise CispoError(f"{died}; look at its log, then resume the run") from error
+        raise _death(error, what) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _death(error: Exception, what: str) -> CispoError:
+    """Why an actor is gone. Of an actor whose constructor raised, Ray hands on the traceback's text only."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = lines[0]
+    if "creation task" in reason:
+        reason = lines[-1]
+        name, _, text = reason.partition(": ")
+        kind = getattr(errors, name.rpartition(".")[2], None)
+        if name.startswith(f"{errors.__name__}.") and isinstance(kind, type) and issubclass(kind, CispoError):
+            return kind(text)
+    return CispoError(
+        f"an actor died while the run waited for {what} ({reason}); look at its log (`ray logs`), then resume the run"
+    )
