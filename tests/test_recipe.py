@@ -141,6 +141,11 @@ def test_every_mistake_is_reported_at_once_in_the_order_of_the_file(write: Write
             "prompts_per_step: 16\n  max_off_policy_steps: 1",
             "r.yaml:9 rollout.max_off_policy_steps: must be 0, got 1: sampling ahead of the learner is not there",
         ),
+        (
+            "prompts_per_step: 16",
+            "prompts_per_step: 16\n  group_size: 9\n  max_concurrent_completions: 8",
+            "r.yaml:9 rollout.group_size: is 9 with rollout.max_concurrent_completions 8: the completions of a prompt",
+        ),
     ],
 )
 def test_mistake_names_place_and_remedy(write: Write, old: str, new: str, line: str) -> None:

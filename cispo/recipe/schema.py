@@ -179,3 +179,17 @@ class TrainRecipe(Section):
                 "lower the former or raise the latter"
             )
         return self
+
+    @model_validator(mode="after")
+    def _groups_fit_a_worker(self) -> "TrainRecipe":
+        limit = self.rollout.max_concurrent_completions
+        sizes = {"rollout.group_size": self.rollout.group_size}
+        if self.evaluation is not None:
+            sizes["evaluation.completions_per_prompt"] = self.evaluation.completions_per_prompt
+        for name, size in sizes.items():
+            if size > limit:
+                raise ValueError(
+                    f"{name} is {size} with rollout.max_concurrent_completions {limit}: the completions of a prompt "
+                    "are sampled together; lower the former or raise the latter"
+                )
+        return self
