@@ -31,6 +31,8 @@ from cispo.types import Rollout, Score, ScoredGroup
 
 RECIPE, METRICS, LOG, LOCK = "recipe.yaml", "metrics.jsonl", "log.txt", ".lock"
 STEP_NAME = re.compile(r"step_(\d+)(\.jsonl)?")
+_DRAFT_SUFFIX = ".draft"
+"""Ends the hidden name under which a file is written before it takes its place."""
 MAY_CHANGE = frozenset({"steps", "checkpoint", "logging", "ray", "base_path"})
 """Top-level settings that may differ when a run is resumed: they say how long and where, not what is computed."""
 
@@ -136,12 +138,15 @@ class RunFolder:
         write_atomically(self.rollouts_path(step), lines)
 
     def truncate_after(self, step: int) -> None:
-        """Forget metrics lines and rollouts of later steps, which a resumed run does again."""
+        """Forget metrics lines and rollouts of later steps, which a resumed run does again, and what a kill left."""
         lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_atomically(self.metrics_path, [line for line in lines if json.loads(line)["step"] <= step])
         for later in _steps(self.path / "rollouts"):
             if later > step:
                 self.rollouts_path(later).unlink()
+        for place in (self.path, self.path / "rollouts"):
+            for draft in place.glob(f".*{_DRAFT_SUFFIX}"):
+                draft.unlink()
 
     def close(self) -> None:
         """Let another process open the folder."""
@@ -150,7 +155,7 @@ class RunFolder:
 
 def write_atomically(path: Path, content: str | Iterable[str]) -> None:
     """Write a text file so that a reader, or a kill at any moment, meets the old file or the whole new one."""
-    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_DRAFT_SUFFIX, dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.writelines([content] if isinstance(content, str) else content)

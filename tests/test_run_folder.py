@@ -225,3 +225,24 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, failing())
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_resuming_removes_the_drafts_that_a_kill_left(folder: RunFolder) -> None:
+    """Killed while it writes a file, a process leaves its hidden draft."""
+    code = f"""
+        import os, signal
+        from pathlib import Path
+        from cispo.run_folder import write_atomically
+        def lines():
+            yield "half"
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_atomically(Path({str(folder.path)!r}) / %s, lines())
+    """
+    for target in ('"metrics.jsonl"', '"rollouts/step_000002.jsonl"'):
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code % target)], check=False)
+    before = sorted(folder.path.rglob("*"))
+    folder.truncate_after(1)
+    assert len(before) - len(sorted(folder.path.rglob("*"))) == 2
+    assert list((folder.path / "rollouts").iterdir()) == []
+    assert (folder.path / "recipe.yaml").exists()
+    assert (folder.path / ".lock").exists()
