@@ -22,13 +22,19 @@ class Evaluation:
         return evaluation_metrics(NAME, self.outcomes)
 
     @property
+    def scored_completions(self) -> int:
+        return sum(len(outcome.correct) for outcome in self.outcomes)
+
+    @property
     def pass_at_1(self) -> Estimate:
+        """ValueError where no completion could be scored."""
         return pass_at_1([outcome.correct for outcome in self.outcomes])
 
     @property
     def well_formed(self) -> float:
+        """Share of the scored completions that are well-formed; 0 where none could be scored."""
         flags = [flag for outcome in self.outcomes for flag in outcome.well_formed]
-        return sum(flags) / len(flags)
+        return sum(flags) / len(flags) if flags else 0.0
 
     @property
     def correct_given_form(self) -> float:
@@ -38,10 +44,14 @@ class Evaluation:
         return sum(formed) / len(formed) if formed else 0.0
 
     def __str__(self) -> str:
-        completions = sum(len(outcome.correct) for outcome in self.outcomes)
+        errors = sum(outcome.errors for outcome in self.outcomes)
+        failed = f"; the reward of {errors} more failed" if errors else ""
+        if not self.scored_completions:
+            return f"pass@1 unknown: the reward failed on all {errors} completions of {len(self.outcomes)} prompts"
         return (
-            f"pass@1 {self.pass_at_1} (95% interval; {len(self.outcomes)} prompts, {completions} completions), "
-            f"well-formed {self.well_formed:.3f}, correct given form {self.correct_given_form:.3f}"
+            f"pass@1 {self.pass_at_1} (95% interval; {len(self.outcomes)} prompts, {self.scored_completions} "
+            f"completions{failed}), well-formed {self.well_formed:.3f}, "
+            f"correct given form {self.correct_given_form:.3f}"
         )
 
 
@@ -85,12 +95,15 @@ def describe_gain(before: Evaluation, after: Evaluation) -> list[str]:
     pass = form * (correct given form), so a gain splits exactly into the two: each factor's change at the mean of the
     other.
     """
+    lines = [f"held-out before: {before}", f"held-out after:  {after}"]
+    pairs = zip(before.outcomes, after.outcomes, strict=True)
+    if sum(bool(b.correct and a.correct) for b, a in pairs) < 2:
+        return [*lines, "gain unknown: it takes at least 2 prompts that were scored both before and after"]
     gain = paired_gain([o.correct for o in before.outcomes], [o.correct for o in after.outcomes])
     form = (after.well_formed - before.well_formed) * (after.correct_given_form + before.correct_given_form) / 2
     correctness = (after.correct_given_form - before.correct_given_form) * (after.well_formed + before.well_formed) / 2
     return [
-        f"held-out before: {before}",
-        f"held-out after:  {after}",
+        *lines,
         f"gain {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]: "
         f"{form:+.3f} by form, {correctness:+.3f} by correctness",
     ]

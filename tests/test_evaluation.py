@@ -1,0 +1,47 @@
+"""What an evaluation says of itself, also when rewards failed: a measurement that is missing ends no run."""
+
+from cispo.evaluation import Evaluation, describe_gain
+from cispo.statistics import PromptOutcome
+
+
+def outcome(correct: list[bool], well_formed: list[bool] | None = None, errors: int = 0) -> PromptOutcome:
+    return PromptOutcome(
+        correct=tuple(correct),
+        well_formed=tuple([True] * len(correct) if well_formed is None else well_formed),
+        rewards=tuple(map(float, correct)),
+        lengths_tokens=tuple(5 for _ in correct),
+        errors=errors,
+    )
+
+
+ALL_FAILED = Evaluation((outcome([], errors=2), outcome([], errors=2)))
+
+
+def test_the_gain_is_split_into_form_and_correctness_without_rest() -> None:
+    before = Evaluation((outcome([True, False], [True, False]), outcome([False, False], [True, True])))
+    after = Evaluation((outcome([True, True]), outcome([True, False])))
+    assert before.pass_at_1.value == 0.25
+    assert (before.well_formed, before.correct_given_form) == (0.75, 1 / 3)
+    *_, last = describe_gain(before, after)
+    # 0.25 * (3/4 + 1/3) / 2 by form, (3/4 - 1/3) * (1 + 3/4) / 2 by correctness.
+    assert last.startswith("gain +0.500 [")
+    assert last.endswith("+0.135 by form, +0.365 by correctness")
+
+
+def test_an_evaluation_of_which_nothing_could_be_scored_says_so() -> None:
+    assert str(ALL_FAILED) == "pass@1 unknown: the reward failed on all 4 completions of 2 prompts"
+    assert ALL_FAILED.metrics() == {"eval/heldout/frac_error": 1.0}
+    assert (ALL_FAILED.well_formed, ALL_FAILED.correct_given_form) == (0.0, 0.0)
+
+
+def test_failed_rewards_are_told_beside_the_rest() -> None:
+    text = str(Evaluation((outcome([True], errors=1), outcome([False, True]))))
+    assert "2 prompts, 3 completions; the reward of 1 more failed)" in text
+
+
+def test_a_gain_over_too_few_prompts_is_unknown_instead_of_an_error() -> None:
+    good = Evaluation((outcome([True]), outcome([False])))
+    for pair in ((ALL_FAILED, good), (good, ALL_FAILED), (Evaluation((outcome([True]),)),) * 2):
+        *shown, last = describe_gain(*pair)
+        assert last == "gain unknown: it takes at least 2 prompts that were scored both before and after"
+        assert len(shown) == 2
