@@ -4,6 +4,7 @@ Each is a thin shell around a plain class that knows nothing of Ray (Engine, Rew
 process's threads and arithmetic, and messages that Ray can carry.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ def prepare_process(threads: int) -> None:
     from cispo.model.arithmetic import prepare_products
 
     prepare_products()
+    # cuBLAS promises to repeat beside other streams only with a workspace of fixed size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     torch.set_num_threads(threads)
