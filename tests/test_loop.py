@@ -1,0 +1,213 @@
+"""The loop against a crew without Ray: killed at every place where it writes, then resumed, a run is the same run."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from cispo.checkpoint import load_checkpoint, prune_checkpoints, write_checkpoint
+from cispo.crew import Crew
+from cispo.loop import _Run
+from cispo.recipe.schema import TrainRecipe
+from cispo.run_folder import RunFolder
+from cispo.types import Prompt, Rollout, Score, ScoredGroup, StopReason, Turn
+from cispo.views import Views
+
+PROMPTS = [Prompt(f"p{index}", f"question {index}") for index in range(8)]
+HELDOUT = [Prompt(f"h{index}", f"held out {index}") for index in range(3)]
+STEPS = 5
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing handles it."""
+
+
+class ToyCrew:
+    """Rollout workers and a learner whose weights are one number; samples depend on it, and it on all samples."""
+
+    def __init__(self, recipe: TrainRecipe, kill: Callable[[str], None]) -> None:
+        self._recipe, self._kill = recipe, kill
+        self._learner, self._rollout = (torch.tensor([1.0, 0.0], dtype=torch.float64) for _ in range(2))
+
+    def sample_and_score(
+        self, prompts: Sequence[Prompt], *, group_size: int, temperature: float, stream: str, progress: object
+    ) -> tuple[list[ScoredGroup], dict[str, float]]:
+        groups = [self._group(prompt, group_size, stream) for prompt in prompts]
+        return groups, {"time_s/rollout": 1.0, "time_s/reward": 1.0}
+
+    def _group(self, prompt: Prompt, group_size: int, stream: str) -> ScoredGroup:
+        weight, version = self._rollout.tolist()
+        turn = Turn(
+            np.array([5], np.int32), np.ones(1, np.bool_), np.zeros(1, np.float32), np.array([version], np.int32)
+        )
+        text = f"{weight!r} {stream}"
+        rollouts = tuple(
+            Rollout(prompt.id, i, np.array([1], np.int32), (turn,), StopReason.EOS, f"{text} {i}")
+            for i in range(group_size)
+        )
+        values = (int(hashlib.sha256(f"{prompt.id} {r.text}".encode()).hexdigest()[:6], 16) / 2**24 for r in rollouts)
+        scores = tuple(Score(value, parts={"correct": float(value > 0.5)}) for value in values)
+        return ScoredGroup(prompt, rollouts, scores)
+
+    def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+        self._kill("train")
+        total = sum(score.value for group in groups for score in group.scores)
+        self._learner = self._learner * torch.tensor([0.9, 1.0]) + torch.tensor([total, 1.0])
+        return {"policy/version": float(self._learner[1])}
+
+    def broadcast(self) -> dict[str, float]:
+        self._kill("broadcast")
+        self._rollout = self._learner.clone()
+        return {"broadcast/checksum_ok": 1.0, "time_s/broadcast": 0.1}
+
+    def reward_statistics(self) -> list[dict[str, float]]:
+        return [{"perf/sandbox_executions": 1.0}]
+
+    def save(self, path: Path, loop_state: dict[str, Any]) -> None:
+        def write_policy(folder: Path) -> None:
+            (folder / "weights").write_text(repr(self._learner.tolist()))
+            self._kill("in the middle of a checkpoint")
+
+        self._kill("before a checkpoint")
+        write_checkpoint(
+            path, write_policy=write_policy, learner_state={"weights": self._learner}, loop_state=loop_state
+        )
+        self._kill("between a checkpoint and the removal of older ones")
+        prune_checkpoints(path.parent, keep=self._recipe.checkpoint.keep)
+        self._kill("after a checkpoint")
+
+    def load(self, path: Path) -> dict[str, Any]:
+        checkpoint = load_checkpoint(path)
+        self._learner = checkpoint.learner_state["weights"]
+        return dict(checkpoint.loop_state)
+
+
+class SilentViews:
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def step(self, step: int, metrics: object) -> None: ...
+
+    def phase(self, name: str, done: int, total: int) -> None: ...
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def make_recipe(*, steps: int = STEPS, save_every: int = 1) -> TrainRecipe:
+    sections = {
+        "name": "toy",
+        "steps": steps,
+        "policy": {"path": "unused"},
+        "data": {"path": "unused"},
+        "rollout": {"prompts_per_step": 3, "group_size": 2, "max_completion_tokens": 4},
+        "rewards": [{"name": "length"}],
+        "learner": {"learning_rate": 1e-3},
+        "evaluation": {"data": {"path": "unused"}, "every_steps": 2},
+        "checkpoint": {"every_steps": save_every, "keep": 2},
+    }
+    return TrainRecipe.model_validate(sections)
+
+
+def run(
+    path: Path, recipe: TrainRecipe, *, resume: bool = False, kill: Callable[[str], None] = lambda place: None
+) -> list[str]:
+    """What `cispo.loop.run_training` does between the start of the actors and their end; returns what it says."""
+    folder = RunFolder.open_for_resume(path, recipe) if resume else RunFolder.create(path, recipe)
+    for name in ("write_rollouts", "append_metrics"):
+        setattr(folder, name, killable(getattr(folder, name), name, kill))
+    views = SilentViews()
+    try:
+        crew, shown = cast(Crew, ToyCrew(recipe, kill)), cast(Views, views)
+        running = _Run(recipe, folder, crew, shown, PROMPTS, HELDOUT)
+        running.start(resume=resume)
+        for step in range(running.step + 1, recipe.steps + 1):
+            running.take_step(step)
+        running.finish()
+    finally:
+        folder.close()
+    return views.messages
+
+
+def killable(action: Callable[..., None], name: str, kill: Callable[[str], None]) -> Callable[..., None]:
+    def act(*arguments: Any) -> None:
+        kill(f"before {name}")
+        action(*arguments)
+        kill(f"after {name}")
+
+    return act
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    """Metrics less their times, rollouts and checkpoints, as they are on disk."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = [{k: v for k, v in line.items() if not k.startswith(("time_s/", "perf/"))} for line in lines]
+    files = [f for place in ("rollouts", "checkpoints") for f in sorted((path / place).rglob("*")) if f.is_file()]
+    return {"metrics": json.dumps(kept), **{str(file.relative_to(path)): file.read_bytes().hex() for file in files}}
+
+
+def kill_at(count: int, places: list[str]) -> Callable[[str], None]:
+    """Note the places that a run passes, and kill it at the count-th."""
+
+    def kill(place: str) -> None:
+        places.append(place)
+        if len(places) == count:
+            raise Killed(place)
+
+    return kill
+
+
+@pytest.mark.parametrize("save_every", [1, 2, 3])
+def test_killed_anywhere_and_resumed_a_run_is_the_same_run(tmp_path: Path, save_every: int) -> None:
+    recipe = make_recipe(save_every=save_every)
+    places: list[str] = []
+    said = run(tmp_path / "alone", recipe, kill=kill_at(0, places))
+    expected = fingerprint(tmp_path / "alone")
+    assert [line["step"] for line in json.loads(expected["metrics"])] == list(range(STEPS + 1))
+    assert len(places) > 30
+    for count in range(1, len(places) + 1):
+        path = tmp_path / f"killed_{count}"
+        with pytest.raises(Killed):
+            run(path, recipe, kill=kill_at(count, []))
+        assert run(path, recipe, resume=True)[-4:-1] == said[-4:-1]
+        left = fingerprint(path)
+        # A kill between the last checkpoint and the removal of older ones leaves one more, which does no harm.
+        assert expected.items() <= left.items(), f"killed at place {count}, {places[count - 1]}"
+        assert all(name.startswith("checkpoints/") for name in left.keys() - expected.keys())
+
+
+def test_a_run_killed_twice_in_the_same_place_is_the_same_run(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    run(tmp_path / "alone", recipe)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", recipe, kill=kill_at(20, []))
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", recipe, resume=True, kill=kill_at(2, []))
+    run(tmp_path / "killed", recipe, resume=True)
+    assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "alone")
+
+
+def test_resuming_a_finished_run_changes_nothing_and_tells_its_gain_again(tmp_path: Path) -> None:
+    said = run(tmp_path / "toy", make_recipe())
+    before = fingerprint(tmp_path / "toy")
+    again = run(tmp_path / "toy", make_recipe(), resume=True)
+    assert fingerprint(tmp_path / "toy") == before
+    assert again[0] == f"resumed from step_00000{STEPS}"
+    assert again[-4:-1] == said[-4:-1]
+
+
+def test_a_run_can_be_resumed_with_more_steps(tmp_path: Path) -> None:
+    run(tmp_path / "short", make_recipe(steps=3))
+    run(tmp_path / "short", make_recipe(steps=STEPS), resume=True)
+    run(tmp_path / "long", make_recipe(steps=STEPS))
+    short, long = fingerprint(tmp_path / "short"), fingerprint(tmp_path / "long")
+    # The shorter run measured its policy after its own last step.
+    assert {name: text for name, text in short.items() if name != "metrics"} == {
+        name: text for name, text in long.items() if name != "metrics"
+    }
+    assert json.loads(short["metrics"])[-1] == json.loads(long["metrics"])[-1]
