@@ -140,6 +140,9 @@ def _refuse_unsupported(config: Mapping[str, Any], original: bool) -> None:
         raise UnsupportedError("config.json sets postnorm: false, which this version lacks; use a postnorm checkpoint")
     if config.get("shared_intermediate_size"):
         raise UnsupportedError("config.json asks for a shared expert, which this version lacks")
+    rope = config.get("rope_parameters") or {}
+    if config.get("rope_scaling") or rope.get("rope_type", "default") != "default":
+        raise UnsupportedError("config.json asks for scaled rotary positions, which this version lacks")
     if config.get("sliding_window"):
         raise UnsupportedError("config.json asks for a sliding window, which this version lacks")
     if config.get("hidden_act", "silu") != "silu":

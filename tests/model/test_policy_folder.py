@@ -94,7 +94,8 @@ def test_a_missing_tokenizer_is_named(folder: Path, name: str) -> None:
 def test_settings_without_effect_are_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     cases = [("model_type", "llama", "llama"), ("postnorm", False, "postnorm"), ("hidden_act", "gelu", "gelu")]
-    for key, value, text in [*cases, ("sliding_window", 8, "sliding window")]:
+    cases += [("sliding_window", 8, "sliding window"), ("rope_scaling", {"factor": 2.0}, "rotary")]
+    for key, value, text in cases:
         with pytest.raises(UnsupportedError, match=text):
             ModelConfig.from_hf_config({**config, key: value})
     del config["num_key_value_heads"]
