@@ -75,6 +75,10 @@ def train(options: argparse.Namespace) -> int:
         print(f"run folder: {folder.path}")
         print(train_plan(loaded.recipe), flush=True)
         run_training(loaded.recipe, folder, resume=options.resume)
+    except CispoError:
+        if not options.resume:
+            folder.discard_unused()
+        raise
     finally:
         folder.close()
     return 0

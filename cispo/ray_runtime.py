@@ -1,6 +1,7 @@
 """A Ray of our own for one run, or a running one that is joined; and waits that name what they wait for."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from cispo.recipe.schema import RaySettings
 Result = TypeVar("Result")
 
 NAMESPACE = "cispo"
+CONNECT_TIMEOUT_S = 10.0
 
 
 @contextmanager
@@ -25,6 +27,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         options |= {"include_dashboard": settings.dashboard, "dashboard_host": "127.0.0.1"}
     else:
         options["address"] = settings.address
+        _refuse_silent_address(settings.address)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -34,6 +37,19 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_silent_address(address: str) -> None:
+    """Ray tries for minutes to reach a host that does not answer; a plain connection tells within seconds."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise CispoError(
+            f"nothing answers at ray.address {address!r} ({error}); start Ray there, or leave it out"
+        ) from error
 
 
 def await_result(reference: Any, *, timeout_s: float, what: str) -> Any:

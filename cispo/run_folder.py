@@ -52,9 +52,12 @@ class RunFolder:
         Of two processes that create the same name at once, one gets it.
         """
         path = Path(os.path.abspath(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The folder appears by rename with its recipe inside, so no run folder is ever half made.
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The folder appears by rename with its recipe inside, so no run folder is ever half made.
+            draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        except OSError as error:
+            raise RunFolderError(f"cannot create the run folder {path} ({error}); choose another place") from error
         lock = _lock(draft, path)
         try:
             draft.chmod(0o755)
@@ -147,6 +150,11 @@ class RunFolder:
         for place in (self.path, self.path / "rollouts"):
             for draft in place.glob(f".*{_DRAFT_SUFFIX}"):
                 draft.unlink()
+
+    def discard_unused(self) -> None:
+        """Give the name back after a start that failed: remove the folder if no step and no checkpoint came of it."""
+        if self.last_step() is None and not self.checkpoint_steps():
+            shutil.rmtree(self.path)
 
     def close(self) -> None:
         """Let another process open the folder."""

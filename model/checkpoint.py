@@ -5,7 +5,10 @@ loading writes them. What this decoder fuses (q, k, v and gate; gate and up of a
 """
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,10 +18,10 @@ from torch import Tensor
 from cispo.errors import CheckpointError
 from cispo.model.config import LIGHTNING, ModelConfig
 from cispo.model.decoder import Decoder
+from cispo.model.weight_files import WEIGHTS_NAME, missing_weights, weight_files
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+SHOWN_MISTAKES = 3
 
 _DERIVED_SUFFIXES = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 """Constants that transformers stores beside the weights; they follow from the configuration."""
@@ -74,54 +77,71 @@ def read_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path} has no {CONFIG_NAME}; name a policy folder in Hugging Face layout")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}); restore it from its source") from error
     return ModelConfig.from_hf_config(config)
 
 
 def _weight_files(path: Path) -> list[Path]:
-    index = path / INDEX_NAME
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [WEIGHTS_NAME]
-    missing = [name for name in names if not (path / name).is_file()]
+    missing = missing_weights(path)
     if missing:
         raise CheckpointError(
             f"{path} has no weights ({', '.join(missing[:3])} missing); train them with `cispo sft` or copy them there"
         )
-    return [path / name for name in names]
+    return weight_files(path)
+
+
+def check_weights(path: Path) -> None:
+    """Whether the weights of a policy folder fit its `config.json`, from the files' headers alone.
+
+    Raises CheckpointError that names missing, extra and misshapen tensors, or the file that cannot be read.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(read_config(path))
+    _refuse_misfits(named_views(decoder), path)
 
 
 def load_tensors(decoder: Decoder, path: Path) -> None:
-    """Copy the weights of a policy folder into the decoder, one tensor at a time.
-
-    Raises CheckpointError that names every missing, extra and misshapen tensor, or the file that cannot be read.
-    """
+    """Copy the weights of a policy folder into the decoder, one tensor at a time; errors as of `check_weights`."""
     views = named_views(decoder)
+    _refuse_misfits(views, path)
+    for file in _weight_files(path):
+        with _opened(file) as tensors:
+            for name in _stored_names(tensors):
+                views[name].copy_(tensors.get_tensor(name))
+
+
+def _refuse_misfits(views: Mapping[str, Tensor], path: Path) -> None:
     mistakes: list[str] = []
     seen: set[str] = set()
     for file in _weight_files(path):
-        try:
-            with safe_open(file, framework="pt", device="cpu") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                    seen.add(name)
-                    if name.endswith(_DERIVED_SUFFIXES):
-                        continue
-                    if name not in views:
-                        mistakes.append(f"unknown tensor {name}")
-                        continue
-                    tensor = tensors.get_tensor(name)
-                    if tensor.shape != views[name].shape:
-                        mistakes.append(f"{name} has shape {list(tensor.shape)}, not {list(views[name].shape)}")
-                    else:
-                        views[name].copy_(tensor)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is damaged ({error}); restore it from its source") from error
+        with _opened(file) as tensors:
+            for name in _stored_names(tensors):
+                seen.add(name)
+                if name not in views:
+                    mistakes.append(f"unknown tensor {name}")
+                    continue
+                shape, expected = tensors.get_slice(name).get_shape(), list(views[name].shape)
+                if shape != expected:
+                    mistakes.append(f"{name} has shape {shape}, not {expected}")
     mistakes += [f"{name} is missing" for name in views if name not in seen]
     if mistakes:
-        shown = "; ".join(mistakes[:8]) + (f"; and {len(mistakes) - 8} more" if len(mistakes) > 8 else "")
+        more = len(mistakes) - SHOWN_MISTAKES
+        shown = "; ".join(mistakes[:SHOWN_MISTAKES]) + (f"; and {more} more" if more > 0 else "")
         raise CheckpointError(f"{path} does not fit its {CONFIG_NAME}: {shown}; use the weights of this configuration")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); restore it from its source") from error
+
+
+def _stored_names(tensors: Any) -> list[str]:
+    return [name for name in tensors.keys() if not name.endswith(_DERIVED_SUFFIXES)]  # noqa: SIM118 - it is no mapping
 
 
 def _new_decoder(path: Path, dtype: torch.dtype, device: torch.device | str) -> Decoder:

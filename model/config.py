@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cispo.errors import CheckpointError, UnsupportedError
+from cispo.errors import CheckpointError, CispoError, UnsupportedError
 
 LIGHTNING, SOFTMAX = "lightning", "softmax"
 _ORIGINAL_TYPES = ("minimax_m1", "minimax_text_01")
@@ -59,16 +59,24 @@ class ModelConfig:
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Read a parsed `config.json`; UnsupportedError for another family, CheckpointError for a missing key."""
+        """Read a parsed `config.json`; UnsupportedError for another family, CheckpointError for what makes no model."""
+        if not isinstance(config, Mapping):
+            raise CheckpointError(f"config.json holds {type(config).__name__}, not an object of keys; restore it")
         kind = config.get("model_type")
         if kind not in (*_ORIGINAL_TYPES, "minimax"):
             raise UnsupportedError(
                 f"model_type {kind!r} is not supported; this version has {', '.join((*_ORIGINAL_TYPES, 'minimax'))}"
             )
         try:
-            return cls._read(config, original=kind in _ORIGINAL_TYPES)
+            read = cls._read(config, original=kind in _ORIGINAL_TYPES)
         except KeyError as error:
             raise CheckpointError(f"config.json lacks the key {error} that model_type {kind!r} needs") from error
+        except CispoError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise CheckpointError(f"config.json holds a value of the wrong kind ({error}); restore it") from error
+        _refuse_impossible(read)
+        return read
 
     @classmethod
     def _read(cls, config: Mapping[str, Any], *, original: bool) -> "ModelConfig":
@@ -132,6 +140,31 @@ class ModelConfig:
             "hidden_act": "silu",
             **{keys[0]: getattr(self, name) for name, keys in _ALPHA_BETA.items()},
         }
+
+
+def _refuse_impossible(config: ModelConfig) -> None:
+    """Sizes that make no decoder, found before they are a shape error deep in a layer."""
+    sizes = {
+        "vocab_size": config.vocabulary_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.expert_width,
+        "num_local_experts": config.experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "max_position_embeddings": config.max_positions,
+    }
+    wrong = [f"{key} is {size}, must be at least 1" for key, size in sizes.items() if size < 1]
+    if not wrong and config.heads % config.key_heads:
+        wrong.append(f"num_attention_heads {config.heads} is no multiple of num_key_value_heads {config.key_heads}")
+    if config.experts_per_token > config.experts:
+        wrong.append(f"num_experts_per_tok is {config.experts_per_token} of {config.experts} num_local_experts")
+    if config.rotary_dim % 2 or not 0 <= config.rotary_dim <= config.head_dim:
+        wrong.append(f"rotary_dim is {config.rotary_dim}, must be even and at most head_dim {config.head_dim}")
+    if wrong:
+        raise CheckpointError(f"config.json makes no model: {'; '.join(wrong)}; restore it from its source")
 
 
 def _refuse_unsupported(config: Mapping[str, Any], original: bool) -> None:

@@ -41,17 +41,23 @@ class Tokenizer:
         missing = [name for name in TOKENIZER_FILES if not (path / name).is_file()]
         if missing:
             raise CheckpointError(f"{path} has no {' and no '.join(missing)}; copy the tokenizer of the policy there")
-        config: dict[str, Any] = json.loads((path / TOKENIZER_FILES[1]).read_text(encoding="utf-8"))
-        if "chat_template" not in config:
-            raise CheckpointError(f"{path / TOKENIZER_FILES[1]} has no chat_template; add the policy's own")
-        tokenizer = tokenizers.Tokenizer.from_file(str(path / TOKENIZER_FILES[0]))
+        config = _read_object(path / TOKENIZER_FILES[1])
+        if not isinstance(config.get("chat_template"), str):
+            raise CheckpointError(f"{path / TOKENIZER_FILES[1]} has no chat_template as text; add the policy's own")
+        tokenizer = _read_vocabulary(path / TOKENIZER_FILES[0])
         special = {key: _token_text(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
         eos_id = tokenizer.token_to_id(special.get("eos_token", ""))
         if eos_id is None:
             raise CheckpointError(f"{path / TOKENIZER_FILES[1]} names no eos_token of the vocabulary; add it")
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_exception
-        return cls(tokenizer, environment.from_string(config["chat_template"]), special, int(eos_id), path)
+        try:
+            template = environment.from_string(config["chat_template"])
+        except jinja2.TemplateError as error:
+            raise CheckpointError(
+                f"the chat_template of {path / TOKENIZER_FILES[1]} is no Jinja template ({error}); restore it"
+            ) from error
+        return cls(tokenizer, template, special, int(eos_id), path)
 
     @property
     def vocabulary_size(self) -> int:
@@ -66,9 +72,17 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def render_prompt(self, text: str) -> list[int]:
-        """Token ids of one user message in the chat template, up to where the policy's answer begins."""
+        """Token ids of one user message in the chat template, up to where the policy's answer begins.
+
+        CheckpointError when the template refuses the message or fails on it.
+        """
         message = {"role": "user", "content": text}
-        rendered = self._template.render(messages=[message], add_generation_prompt=True, **self._special)
+        try:
+            rendered = self._template.render(messages=[message], add_generation_prompt=True, **self._special)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"the chat_template of {self.path / TOKENIZER_FILES[1]} fails on a user message ({error}); mend it"
+            ) from error
         return self.encode(rendered)
 
     def save(self, path: Path | str) -> None:
@@ -76,6 +90,23 @@ class Tokenizer:
         for name in TOKENIZER_FILES:
             if (self.path / name).resolve() != (Path(path) / name).resolve():
                 shutil.copyfile(self.path / name, Path(path) / name)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}); restore it from its source") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds a {type(config).__name__}, no object of keys; restore it from its source")
+    return config
+
+
+def _read_vocabulary(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
+        raise CheckpointError(f"{file} is no tokenizer ({error}); restore it from its source") from error
 
 
 def _token_text(token: Any) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cispo.sandboxes.bubblewrap import BubblewrapSandbox
+from cispo.sandboxes.bubblewrap import BubblewrapSandbox, find_bubblewrap
 from cispo.sandboxes.settings import SandboxSettings
 from cispo.sandboxes.types import Sandbox
 from cispo.sandboxes.unsafe_local import UnsafeLocalSandbox
@@ -20,3 +20,9 @@ def open_sandbox(backend: str = "auto", **settings: Any) -> Sandbox:
     if checked.backend == "unsafe-local":
         return UnsafeLocalSandbox(checked.workers)
     return BubblewrapSandbox(checked.workers)
+
+
+def check_backend(backend: str) -> None:
+    """Whether what a backend needs is installed on this machine, without opening a sandbox; SandboxError if not."""
+    if backend != "unsafe-local":
+        find_bubblewrap()

@@ -6,15 +6,15 @@ from functools import partial
 from pathlib import Path
 
 from cispo.data import DataSettings, check_data
-from cispo.errors import CispoError
+from cispo.errors import CheckpointError, CispoError
 from cispo.model.config import ModelConfig
+from cispo.model.weight_files import missing_weights
 from cispo.recipe.document import SettingPath
 from cispo.recipe.schema import TrainRecipe
 from cispo.recipe.sft_schema import SftRecipe
 from cispo.resources import BUNDLED, resolve_policy
 from cispo.rewards.resolve import check_reward, keyword_parameters
 
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 SUPPLIED = frozenset({"completion_length_tokens", "max_completion_tokens", "is_truncated", "judge"})
 """What a reward may take that is no column of the data: the reward worker gives it."""
 
@@ -65,23 +65,16 @@ def policy_mistakes(path: str, base_path: Path, *, needs_weights: bool = True) -
         found += [(here, text) for text in _messages(partial(_read_config, folder / "config.json"))]
     if not (folder / "tokenizer.json").is_file():
         found.append((here, f"{folder} has no tokenizer.json; copy the policy's tokenizer there"))
-    missing = missing_weights(folder) if needs_weights else []
-    if missing:
-        remedy = "copy the weights there, or make them with `cispo sft`"
-        found.append((here, f"{folder} has no weights ({', '.join(missing[:3])} missing); {remedy}"))
+    if needs_weights:
+        found += [(here, text) for text in _messages(partial(_find_weights, folder))]
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a policy folder, one or those that its index names; they need not exist."""
-    index = folder / WEIGHTS_INDEX
-    if not index.is_file():
-        return [folder / WEIGHTS]
-    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-
-
-def missing_weights(folder: Path) -> list[str]:
-    return [file.name for file in weight_files(folder) if not file.is_file()]
+def _find_weights(folder: Path) -> None:
+    missing = missing_weights(folder)
+    if missing:
+        remedy = "copy the weights there, or make them with `cispo sft`"
+        raise CheckpointError(f"{folder} has no weights ({', '.join(missing[:3])} missing); {remedy}")
 
 
 def _no_folder(path: str, folder: Path) -> str:

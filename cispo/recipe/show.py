@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from cispo.recipe.check import weight_files
+from cispo.model.weight_files import weight_files
 from cispo.recipe.document import SectionNode, SettingPath
 from cispo.recipe.load import LoadedRecipe
 from cispo.recipe.schema import TrainRecipe
