@@ -17,6 +17,8 @@ class Evaluation:
     """What one measurement found, prompt by prompt in their order."""
 
     outcomes: tuple[PromptOutcome, ...]
+    first_error: str = ""
+    """What the reward said where it failed first."""
 
     def metrics(self) -> dict[str, float]:
         return evaluation_metrics(NAME, self.outcomes)
@@ -46,12 +48,14 @@ class Evaluation:
     def __str__(self) -> str:
         errors = sum(outcome.errors for outcome in self.outcomes)
         failed = f"; the reward of {errors} more failed" if errors else ""
+        reason = f"; the first: {self.first_error}" if self.first_error else ""
         if not self.scored_completions:
-            return f"pass@1 unknown: the reward failed on all {errors} completions of {len(self.outcomes)} prompts"
+            prompts = len(self.outcomes)
+            return f"pass@1 unknown: the reward failed on all {errors} completions of {prompts} prompts{reason}"
         return (
             f"pass@1 {self.pass_at_1} (95% interval; {len(self.outcomes)} prompts, {self.scored_completions} "
             f"completions{failed}), well-formed {self.well_formed:.3f}, "
-            f"correct given form {self.correct_given_form:.3f}"
+            f"correct given form {self.correct_given_form:.3f}{reason}"
         )
 
 
@@ -64,7 +68,8 @@ def evaluate(crew: Crew, prompts: Sequence[Prompt], settings: EvaluationSettings
         stream="evaluation",
         progress=progress,
     )
-    return Evaluation(tuple(_outcome(group) for group in groups))
+    failed = (score.message for group in groups for score in group.scores if score.status is not ScoreStatus.OK)
+    return Evaluation(tuple(_outcome(group) for group in groups), next(failed, ""))
 
 
 def _outcome(group: ScoredGroup) -> PromptOutcome:

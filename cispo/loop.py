@@ -8,23 +8,22 @@ as one left alone.
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from cispo.checkpoint import list_checkpoints
 from cispo.crew import Crew
 from cispo.data import load_prompts
-from cispo.errors import DataError, RecipeError, RunFolderError
+from cispo.errors import RecipeError, RewardError, RunFolderError
 from cispo.evaluation import Evaluation, describe_gain, evaluate
 from cispo.group_metrics import add_groups
 from cispo.metrics import StepMetrics, Sum
-from cispo.model.tokenizer import Tokenizer
+from cispo.preflight import check_start
 from cispo.prompt_order import prompts_of_step
 from cispo.ray_runtime import ray_session
 from cispo.recipe.schema import TrainRecipe
 from cispo.resources import resolve_policy
 from cispo.rewards.statistics import verdict_shares
 from cispo.run_folder import RunFolder, plain_settings
-from cispo.types import Prompt, ScoredGroup
+from cispo.types import Prompt, Score, ScoredGroup, ScoreStatus
 from cispo.views import Views, open_views
 
 
@@ -33,7 +32,7 @@ def run_training(recipe: TrainRecipe, folder: RunFolder, *, resume: bool) -> Non
     policy_path = resolve_policy(recipe.policy.path, base_path=recipe.base_path)
     prompts = load_prompts(recipe.data, base_path=recipe.base_path)
     heldout = load_prompts(recipe.evaluation.data, base_path=recipe.base_path) if recipe.evaluation else []
-    _refuse_misfits(recipe, policy_path, prompts, heldout)
+    check_start(recipe, policy_path, prompts, heldout)
     with ray_session(recipe.ray), _views(recipe, folder) as views:
         crew = Crew(recipe, policy_path, cores=_cores(), with_learner=True)
         _report_arithmetic(crew, views)
@@ -51,11 +50,14 @@ def run_evaluation(recipe: TrainRecipe) -> None:
         raise RecipeError("evaluation: is null, so there is nothing to measure on; name its data")
     policy_path = resolve_policy(recipe.policy.path, base_path=recipe.base_path)
     heldout = load_prompts(recipe.evaluation.data, base_path=recipe.base_path)
-    _refuse_misfits(recipe, policy_path, [], heldout)
+    check_start(recipe, policy_path, None, heldout)
     with ray_session(recipe.ray):
         crew = Crew(recipe, policy_path, cores=_cores(), with_learner=False)
-        print(evaluate(crew, heldout, recipe.evaluation, lambda done, total: None))
+        evaluation = evaluate(crew, heldout, recipe.evaluation, lambda done, total: None)
         crew.close()
+    if not evaluation.scored_completions:
+        raise RewardError(str(evaluation))
+    print(evaluation)
 
 
 class _Run:
@@ -104,6 +106,7 @@ class _Run:
         add_groups(metrics, groups, full_reward=sum(max(reward.weight, 0.0) for reward in self.recipe.rewards))
         metrics.update(verdict_shares([score for group in groups for score in group.scores]))
         self.folder.write_rollouts(step, groups)
+        self._report_failed_rewards(step, [score for group in groups for score in group.scores])
         self.views.phase("train", 0, 0)
         metrics.update(self.crew.train(groups, step))
         metrics.update(self.crew.broadcast())
@@ -142,6 +145,28 @@ class _Run:
         )
         metrics.update(times)
         return groups
+
+    def _report_failed_rewards(self, step: int, scores: Sequence[Score]) -> None:
+        """Say what a reward said. Where all failed nothing is left to learn from, so the run stops as it stands.
+
+        Nothing of the step has changed the learner yet: a resumed run samples the same completions and scores them
+        anew, so what a mended reward gives is what it would have given the first time.
+        """
+        failed = [score.message for score in scores if score.status is not ScoreStatus.OK]
+        if not failed:
+            return
+        if len(failed) < len(scores):
+            self.views.message(
+                f"warning: step {step}: the reward failed for {len(failed)} of {len(scores)} completions, which are "
+                f"left out; the first: {failed[0]}"
+            )
+            return
+        if self.step not in self.folder.checkpoint_steps():
+            self._save()
+        raise RewardError(
+            f"step {step}: the reward failed for all {len(failed)} completions, the first: {failed[0]}; the run is "
+            "kept as it was before that step: mend the reward, then continue with --resume"
+        )
 
     def _evaluates_after(self, step: int) -> bool:
         evaluation = self.recipe.evaluation
@@ -191,21 +216,3 @@ def _report_arithmetic(crew: Crew, views: Views) -> None:
             f"warning: on this machine products of {', '.join(shapes)} round a row by the rows beside it; "
             "expect mismatch between rollout and learner (policy/mismatch)"
         )
-
-
-def _refuse_misfits(
-    recipe: TrainRecipe, policy_path: Path, prompts: Sequence[Prompt], heldout: Sequence[Prompt]
-) -> None:
-    """What only the data itself can tell, before any actor starts."""
-    needed = recipe.rollout.prompts_per_step
-    if prompts and len(prompts) < needed:
-        raise DataError(f"data.path has {len(prompts)} prompts, rollout.prompts_per_step is {needed}; lower the latter")
-    tokenizer = Tokenizer.load(policy_path)
-    limit = recipe.rollout.max_prompt_tokens
-    for prompt in (*prompts, *heldout):
-        length = len(tokenizer.render_prompt(prompt.text))
-        if length > limit:
-            raise DataError(
-                f"prompt {prompt.id} has {length} tokens, rollout.max_prompt_tokens is {limit}; raise it, "
-                "or leave the prompt out"
-            )
