@@ -128,7 +128,7 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every line of the metrics, oldest first."""
-        return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        return [record for _, record in self._metrics_lines()]
 
     def last_step(self) -> int | None:
         """The step of the last metrics line, or None before the first."""
@@ -142,14 +142,26 @@ class RunFolder:
 
     def truncate_after(self, step: int) -> None:
         """Forget metrics lines and rollouts of later steps, which a resumed run does again, and what a kill left."""
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_atomically(self.metrics_path, [line for line in lines if json.loads(line)["step"] <= step])
+        write_atomically(self.metrics_path, [line for line, record in self._metrics_lines() if record["step"] <= step])
         for later in _steps(self.path / "rollouts"):
             if later > step:
                 self.rollouts_path(later).unlink()
         for place in (self.path, self.path / "rollouts"):
             for draft in place.glob(f".*{_DRAFT_SUFFIX}"):
                 draft.unlink()
+
+    def _metrics_lines(self) -> list[tuple[str, dict[str, Any]]]:
+        """Each line as it stands and as a record; RunFolderError names one that somebody has damaged."""
+        found = []
+        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                int(record["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunFolderError(f"{self.metrics_path}:{number} is no line of metrics; delete it") from error
+            found.append((line, record))
+        return found
 
     def discard_unused(self) -> None:
         """Give the name back after a start that failed: remove the folder if no step and no checkpoint came of it."""
@@ -207,7 +219,12 @@ def differing_settings(before: Mapping[str, Any], after: Mapping[str, Any], pref
 
 
 def _refuse_another_recipe(path: Path, recipe: BaseModel) -> None:
-    stored = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
+    try:
+        stored = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path / RECIPE} is damaged; restore it, or start another run with --name") from error
+    if not isinstance(stored, dict):
+        raise RunFolderError(f"{path / RECIPE} holds no settings; restore it, or start another run with --name")
     given = yaml.safe_load(resolved_yaml(recipe))
     differing = differing_settings(_without(stored, MAY_CHANGE), _without(given, MAY_CHANGE))
     if differing:

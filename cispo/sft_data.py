@@ -64,7 +64,12 @@ def load_examples(settings: DataSettings, tokenizer: Tokenizer, *, base_path: Pa
 
 def _example(prompt: Prompt, tokenizer: Tokenizer, settings: DataSettings) -> Example:
     completion = prompt.row.get("completion")
-    if not isinstance(completion, str):
+    if completion is not None and not isinstance(completion, str):
+        raise DataError(
+            f"{settings.path}: the completion of row {prompt.id} is no text but {type(completion).__name__}; "
+            "map a text column with data.columns.completion"
+        )
+    if completion is None:
         raise DataError(
             f"{settings.path}: row {prompt.id} has no text in the column `completion` "
             f"(it has {', '.join(sorted(prompt.row)) or 'no others'}); name its column under data.columns"

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cispo.cli import main
+from cispo.errors import RunFolderError
 from cispo.evaluation import evaluate
 from cispo.recipe.schema import EvaluationSettings
+from cispo.run_folder import RunFolder
 from cispo.types import Prompt, Score, ScoredGroup, ScoreStatus
 
 RECIPE = """\
@@ -232,6 +234,41 @@ def test_failing_rewards_are_left_out_and_a_step_of_nothing_else_stops_the_run_w
     lines = (folder / "runs" / "bad" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert "Traceback" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("metrics.jsonl", '{"step": 0}\ngarbage\n', "metrics.jsonl:2 is no line of metrics; delete it"),
+        ("metrics.jsonl", "7\n", "metrics.jsonl:1 is no line of metrics; delete it"),
+        ("recipe.yaml", "steps: [", "recipe.yaml is damaged; restore it, or start another run with --name"),
+        ("recipe.yaml", "7", "recipe.yaml holds no settings; restore it, or start another run with --name"),
+    ],
+)
+def test_a_run_folder_that_somebody_damaged(tmp_path: Path, file: str, text: str, expected: str) -> None:
+    recipe = EvaluationSettings.model_validate({"data": {"path": "unused"}})
+    RunFolder.create(tmp_path / "run", recipe).close()
+    (tmp_path / "run" / file).write_text(text, encoding="utf-8")
+    with pytest.raises(RunFolderError, match=f"{tmp_path}/run/{file}.*") as refused:
+        RunFolder.open_for_resume(tmp_path / "run", recipe).truncate_after(0)
+    assert str(refused.value) == f"{tmp_path}/run/{expected}"
+
+
+def test_a_completion_that_is_no_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "pairs.jsonl").write_text('{"id": "a", "prompt": "Ask", "completion": 3}\n', encoding="utf-8")
+    recipe: dict[str, Any] = {
+        "name": "s",
+        "steps": 1,
+        "tokens_per_batch": 64,
+        "policy": {"path": "policy"},
+        "data": {"path": "pairs.jsonl"},
+    }
+    recipe |= {"learner": {"learning_rate": 1e-3}, "output": "out"}
+    (folder / "s.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    assert main(["sft", "s.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pairs.jsonl: the completion of row a is no text but int; map a text column")
 
 
 def test_an_evaluation_tells_what_the_reward_said() -> None:
