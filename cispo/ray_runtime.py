@@ -31,8 +31,12 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "start a local Ray" if settings.address is None else f"join Ray at {settings.address!r}"
-        raise CispoError(f"cannot {where} ({error}); check ray.address or leave it out") from error
+        if settings.address is None:
+            raise CispoError(f"cannot start a local Ray ({error}); see whether memory and ports are free") from error
+        raise CispoError(
+            f"cannot join Ray at {settings.address!r} ({error}); check ray.address, and that RAY_AUTH_MODE and the token "
+            "of this user are the cluster's, or leave the address out to start a local Ray"
+        ) from error
     try:
         yield
     finally:
