@@ -34,8 +34,8 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         if settings.address is None:
             raise CispoError(f"cannot start a local Ray ({error}); see whether memory and ports are free") from error
         raise CispoError(
-            f"cannot join Ray at {settings.address!r} ({error}); check ray.address, and that RAY_AUTH_MODE and the token "
-            "of this user are the cluster's, or leave the address out to start a local Ray"
+            f"cannot join Ray at {settings.address!r} ({error}); check ray.address, and that RAY_AUTH_MODE and token "
+            "are the cluster's, or leave the address out to start a local Ray"
         ) from error
     try:
         yield
