@@ -62,7 +62,8 @@ def wilson_interval(rate: float, trials: float) -> tuple[float, float]:
     centre = rate + Z95**2 / (2 * trials)
     half = Z95 * math.sqrt(rate * (1 - rate) / trials + Z95**2 / (4 * trials**2))
     scale = 1 + Z95**2 / trials
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # At rate 0 or 1 an end of the interval is the rate itself, which rounding must not push past it.
+    return min(rate, max(0.0, (centre - half) / scale)), max(rate, min(1.0, (centre + half) / scale))
 
 
 def pass_at_k(completions: int, correct: int, k: int) -> float:

@@ -121,7 +121,8 @@ def test_the_corpus_is_of_mixed_quality_and_always_of_the_right_form() -> None:
 
 def test_files_are_small() -> None:
     assert sum((FOLDER / f"{split}.jsonl").stat().st_size for split in SPLITS) < 5_500_000
-    assert (FOLDER / "sft_corpus.jsonl").stat().st_size < 4_000_000
+    # 48,000 rows: with a third of them three epochs teach too little and ten are learnt by heart.
+    assert (FOLDER / "sft_corpus.jsonl").stat().st_size < 12_000_000
 
 
 def test_datasets_loads_every_file(tmp_path: Path) -> None:
