@@ -55,7 +55,8 @@ class Times:
     def medians(self, skip: int) -> tuple[float, float, float]:
         """Step, sampling, and the rest of the step, without the first steps, which warm up."""
         rest = [step - sampling for step, sampling in zip(self.steps, self.sampling, strict=True)]
-        return tuple(statistics.median(values[skip:]) for values in (self.steps, self.sampling, rest))  # type: ignore[return-value]
+        step, sampling, remainder = (statistics.median(values[skip:]) for values in (self.steps, self.sampling, rest))
+        return step, sampling, remainder
 
 
 def share_of_vowels(completion: str) -> float:

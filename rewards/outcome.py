@@ -107,6 +107,6 @@ def _finite(value: object, what: str) -> float:
 def _shown(value: object) -> str:
     try:
         text = repr(value)
-    except Exception:
+    except Exception:  # the value is a user's own, and its __repr__ may raise anything
         text = "something"
     return f"{one_line(text)[:SHOWN_CHARS]} of type {type(value).__name__}"

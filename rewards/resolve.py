@@ -77,7 +77,7 @@ def one_line(value: object) -> str:
     """The text of anything, in one line; even of what fails to say what it is."""
     try:
         return " ".join(str(value).split())
-    except Exception:
+    except Exception:  # the value is a user's own, and its __str__ may raise anything
         return f"a {type(value).__name__} that cannot be shown"
 
 

@@ -1,5 +1,6 @@
 """Prompts from local files and the hub: columns, ids, order, and a one-line error for each mistake."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -52,8 +53,8 @@ def test_rows_keep_their_order_ids_and_columns(tmp_path: Path, write: Callable[.
 
 
 def test_json_parquet_and_folders_give_the_same_prompts(tmp_path: Path, write: Callable[..., str]) -> None:
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = importlib.import_module("pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
     expected = load(tmp_path, path=write(*ROWS))
     (tmp_path / "rows.json").write_text(json.dumps(ROWS, indent=1))
     (tmp_path / "folder").mkdir()
@@ -254,7 +255,7 @@ def test_hub_names_are_told_from_local_paths(tmp_path: Path) -> None:
 
 
 def test_hub_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = importlib.import_module("datasets")
     asked = []
 
     def load_dataset(name: str, subset: str | None, *, split: str) -> object:

@@ -1,5 +1,7 @@
 """Engine and learner over one decoder on a GPU: the same code as on CPU, with its mismatch measured."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,8 +18,8 @@ from cispo.types import Prompt, Score, ScoredGroup
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 0.5)], ids=str)
-def test_a_step_on_one_gpu(dtype: torch.dtype, bound: float, tmp_path: object) -> None:
-    folder = resolve_policy("bundled:tiny", base_path=tmp_path)  # type: ignore[arg-type]  # a bundled one needs no base
+def test_a_step_on_one_gpu(dtype: torch.dtype, bound: float, tmp_path: Path) -> None:
+    folder = resolve_policy("bundled:tiny", base_path=tmp_path)
     decoder = load_policy(folder, dtype=dtype, device="cuda")
     settings = SamplingSettings(max_completion_tokens=96, seed=0)
     engine = Engine(decoder, Tokenizer.load(folder), settings, max_concurrent_completions=64, max_prompt_tokens=64)
