@@ -1,4 +1,4 @@
-# make setup      create .venv with the pinned dependencies and the sandbox's system package
+# make setup      create .venv with the pinned dependencies, and install the missing system packages
 # make train      set up, then train on recipes/code.yaml; RUN=name names the run folder runs/name
 # make test       set up, then lint, types and the quick tests: what every change must pass
 # make test-slow  set up, then the long tests: many seeds, chaos, soak
@@ -10,11 +10,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: setup train test lint test-slow clean bubblewrap
+.PHONY: setup train test lint test-slow clean system
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
-setup: bubblewrap $(STAMP)
+setup: system $(STAMP)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make setup: $(PYTHON) is" \
@@ -28,18 +28,22 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-bubblewrap:
-	@command -v bwrap >/dev/null && exit 0; \
+# bubblewrap is the sandbox; the C++ compiler makes the CPU kernels on first use.
+system:
+	@missing=; \
+	command -v bwrap >/dev/null || missing="bubblewrap"; \
+	command -v g++ >/dev/null || command -v clang++ >/dev/null || missing="$$missing g++"; \
+	[ -n "$$missing" ] || exit 0; \
 	if ! command -v apt-get >/dev/null; then run=; \
 	elif [ "$$(id -u)" = 0 ]; then run=env; \
 	elif sudo -n true 2>/dev/null; then run=sudo; \
 	else run=; fi; \
 	if [ -n "$$run" ]; then \
-		echo "Installing the sandbox's system package bubblewrap"; \
-		{ $$run apt-get update -qq && $$run apt-get install -y -qq bubblewrap >/dev/null; } && exit 0; \
+		echo "Installing the missing system packages:" $$missing; \
+		{ $$run apt-get update -qq && $$run apt-get install -y -qq $$missing >/dev/null; } && exit 0; \
 	fi; \
-	echo "make setup: the sandbox needs bwrap, which is missing and could not be installed from here;" \
-		"run: sudo apt-get update && sudo apt-get install -y bubblewrap" >&2; exit 1
+	echo "make setup: the sandbox needs bubblewrap and the CPU kernels a C++ compiler; missing and not to be installed" \
+		"from here; run: sudo apt-get update && sudo apt-get install -y" $$missing >&2; exit 1
 
 train: setup
 	@run="$(RUN)"; n=1; \

@@ -70,6 +70,8 @@ class MasterAdamW:
                 # A parameter that took no part has a gradient of zero, so that its moments decay like all others.
                 master.grad = torch.zeros_like(master)
         self._adamw.step()
+        # The fused step changes parameters without counting it, and packed copies of them are kept by that count.
+        torch.autograd.graph.increment_version(list(self._masters.values()))
         self.forget()
         for name, parameter in self._parameters.items():
             if parameter is not self._masters[name]:

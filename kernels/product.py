@@ -1,19 +1,100 @@
 """The matrix product of every linear layer: a row's bits do not depend on how many rows come with it.
 
-Libraries pick another kernel for one to three rows; rows padded to a multiple of 4 avoid that on every processor
-measured, together with the settings of cispo.model.arithmetic.
+The CPU kernel gives that by construction: every element is one chain of multiply-adds in order of K. Libraries pick
+another kernel for one to three rows; rows padded to a multiple of 4 avoid that on every processor measured, together
+with the settings of cispo.model.arithmetic.
+
+N rows, K inner dimension, M outputs.
 """
 
-import torch.nn.functional as F
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from cispo.kernels import cpu_library
+from cispo.kernels.cpu_library import CpuFunction
+
 ROW_MULTIPLE = 4
+_PANEL = 32
+_LANES = 16
+
+_pack_weight = CpuFunction("pack_weight", "ppiii")
+_product = CpuFunction("product", "pippiiii")
+_input_gradient = CpuFunction("product_input_gradient", "pppiiii")
+_weight_gradient = CpuFunction("product_weight_gradient", "ppipiiii")
+
+_packed_weights: dict[int, tuple["weakref.ref[Tensor]", int, Tensor]] = {}
+
+
+def packed_weight(weight_MK: Tensor) -> Tensor:
+    """W [M, K] in the CPU kernels' layout of panels, kept until the weight changes or goes.
+
+    A change is what PyTorch counts as one (`Tensor._version`). Fused optimisers do not count theirs: after one, call
+    `torch.autograd.graph.increment_version`.
+    """
+    if weight_MK.is_inference():
+        return _pack(weight_MK)
+    kept = _packed_weights.get(id(weight_MK))
+    if kept is not None and kept[0]() is weight_MK and kept[1] == weight_MK._version:
+        return kept[2]
+    packed = _pack(weight_MK)
+    key = id(weight_MK)
+    # Every object of its own identity: the entry goes with the weight, before another can have its id.
+    reference = weakref.ref(weight_MK, lambda _: _packed_weights.pop(key, None))
+    _packed_weights[key] = (reference, weight_MK._version, packed)
+    return packed
+
+
+def _pack(weight_MK: Tensor) -> Tensor:
+    m, k = weight_MK.shape
+    packed = torch.empty(-(-m // _PANEL) * _PANEL * k)
+    _pack_weight(weight_MK, packed, m, k, torch.get_num_threads())
+    return packed
+
+
+def _cpu_product(x_NK: Tensor, weight_MK: Tensor) -> Tensor:
+    rows, (outputs, inner) = x_NK.shape[0], weight_MK.shape
+    out_NM = torch.empty(rows, outputs)
+    _product(x_NK, x_NK.stride(0), packed_weight(weight_MK), out_NM, rows, inner, outputs, torch.get_num_threads())
+    return out_NM
+
+
+class _CpuProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NK: Tensor, weight_MK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NK, weight_MK)
+        return _cpu_product(x_NK, weight_MK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x_NK, weight_MK = ctx.saved_tensors
+        dout_NM = gradients[0].contiguous()
+        rows, (outputs, inner) = x_NK.shape[0], weight_MK.shape
+        dx_NK = dweight_MK = None
+        threads = torch.get_num_threads()
+        if ctx.needs_input_grad[0]:
+            dx_NK = torch.empty(rows, inner)
+            _input_gradient(dout_NM, weight_MK, dx_NK, rows, inner, outputs, threads)
+        if ctx.needs_input_grad[1]:
+            dweight_MK = torch.empty(outputs, inner)
+            _weight_gradient(dout_NM, x_NK, x_NK.stride(0), dweight_MK, rows, inner, outputs, threads)
+        return dx_NK, dweight_MK
+
+
+_differentiable_product: Callable[[Tensor, Tensor], Tensor] = _CpuProduct.apply
 
 
 def product(x_NK: Tensor, weight_MK: Tensor) -> Tensor:
     """x W^T for x [N, K] and W [M, K], both of one dtype; [N, M]. Differentiable in both."""
+    if cpu_library.serves(x_NK, weight_MK) and x_NK.shape[1] % _LANES == 0:
+        x_NK = x_NK if x_NK.stride(1) == 1 else x_NK.contiguous()
+        weight_MK = weight_MK if weight_MK.is_contiguous() else weight_MK.contiguous()
+        return _differentiable_product(x_NK, weight_MK) if torch.is_grad_enabled() else _cpu_product(x_NK, weight_MK)
     rows = x_NK.shape[0]
     spare = -rows % ROW_MULTIPLE
     if spare:
-        return (F.pad(x_NK, (0, 0, 0, spare)) @ weight_MK.t())[:rows]
+        return (torch.nn.functional.pad(x_NK, (0, 0, 0, spare)) @ weight_MK.t())[:rows]
     return x_NK @ weight_MK.t()

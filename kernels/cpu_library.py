@@ -1,0 +1,140 @@
+"""The CPU kernels: C++ sources in kernels/cpu, compiled for this processor on first use and called through ctypes.
+
+They serve float32 on CPU; everything else goes to the plain-PyTorch twins. The compiled library is kept under
+$XDG_CACHE_HOME/cispo (by default ~/.cache/cispo) by a hash of sources, compiler, flags and processor, so a process
+compiles only what no process before it has. Set CISPO_CPU_KERNELS=plain to use the twins instead, for a comparison or
+where there is no C++ compiler; the two differ in rounding, so a run must not switch between them.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).resolve().parent / "cpu"
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC")
+_CHOICE = "CISPO_CPU_KERNELS"
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
+class CpuKernelError(RuntimeError):
+    """The CPU kernels cannot be compiled here, or are asked for by a name that does not exist."""
+
+
+@functools.cache
+def _is_chosen() -> bool:
+    choice = os.environ.get(_CHOICE, "fused")
+    if choice not in ("fused", "plain"):
+        raise CpuKernelError(f"{_CHOICE} must be `fused` or `plain`, got {choice!r}")
+    return choice == "fused"
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the CPU kernels take these operands: all float32 on CPU, and not switched off."""
+    return all(tensor.is_cpu and tensor.dtype is torch.float32 for tensor in tensors) and _is_chosen()
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    for candidate in (named,) if named else ("g++", "clang++", "c++"):
+        found = shutil.which(candidate)
+        if found:
+            return found
+    raise CpuKernelError(
+        f"no C++ compiler found ({named or 'g++, clang++, c++'}), which float32 on CPU needs; install g++, name one in "
+        f"CXX, or set {_CHOICE}=plain to use the slower PyTorch kernels"
+    )
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    return "\n".join(line for line in first.splitlines() if line.startswith(("model name", "flags", "Features", "CPU")))
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cispo" / "cpu_kernels"
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CpuKernelError(
+            f"compiling the CPU kernels failed; set {_CHOICE}=plain to go on without them\n"
+            f"{' '.join(command)}\n{done.stderr[-2000:]}"
+        )
+
+
+def _compile() -> Path:
+    """The compiled library, made if this processor, compiler and source have not met before."""
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    headers = "".join(path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.h")))
+    basis = "\0".join((version, _processor(), *FLAGS, headers))
+    folder = _cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = {}
+    for source in sorted(SOURCES.glob("*.cpp")):
+        key = hashlib.sha256((basis + source.read_text(encoding="utf-8")).encode()).hexdigest()[:16]
+        objects[source] = folder / f"{source.stem}-{key}.o"
+    key = hashlib.sha256("\0".join(path.name for path in objects.values()).encode()).hexdigest()[:16]
+    library = folder / f"cispo-{key}.so"
+    if library.exists():
+        return library
+    # Others may compile the same at the same time: each writes its own files and renames them into place.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        missing = [(source, path) for source, path in objects.items() if not path.exists()]
+        made = [Path(scratch) / path.name for _, path in missing]
+        commands = [
+            [compiler, *FLAGS, "-c", str(source), "-o", str(new)]
+            for (source, _), new in zip(missing, made, strict=True)
+        ]
+        list(pool.map(_run, commands))
+        for (_, path), new in zip(missing, made, strict=True):
+            new.replace(path)
+        linked = Path(scratch) / library.name
+        _run([compiler, "-shared", "-fopenmp", *map(str, objects.values()), "-o", str(linked)])
+        linked.replace(library)
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_compile()))
+
+
+class CpuFunction:
+    """A function of the library. signature: a letter an argument, p a tensor (or None), i an integer, f a float.
+
+    Tensors are passed by address: the caller answers for their dtype, shape and strides, and keeps them alive.
+    """
+
+    def __init__(self, name: str, signature: str) -> None:
+        self._name, self._types = name, tuple(_TYPES[letter] for letter in signature)
+        self._function: ctypes._NamedFuncPointer | None = None
+
+    def __call__(self, *arguments: Tensor | int | float | None) -> None:
+        function = self._function or self._resolve()
+        if len(arguments) != len(self._types):
+            raise TypeError(f"{self._name} takes {len(self._types)} arguments, got {len(arguments)}")
+        function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
+
+    def _resolve(self) -> "ctypes._NamedFuncPointer":
+        function = getattr(_library(), f"cispo_{self._name}", None)
+        if function is None:
+            raise CpuKernelError(f"the CPU kernels have no function {self._name}")
+        function.argtypes, function.restype = self._types, None
+        self._function = function
+        return function  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    print(_compile())
