@@ -1,12 +1,14 @@
-"""Where a data set lies, and its rows as plain dicts: JSON Lines, JSON, Parquet, or the Hugging Face hub.
+"""Where a data set lies, and its rows as plain dicts: JSON Lines (also gzipped), JSON, Parquet, or the hub.
 
 Local files are read here, in file order; `datasets` (slow to import) is loaded for the hub alone. Every mistake is a
 DataError that names the place, `file:line` in JSON Lines.
 """
 
+import gzip
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,7 +18,7 @@ from typing import Any
 from cispo.errors import DataError
 from cispo.resources import BUNDLED, resolve_path
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -46,19 +48,19 @@ def find_source(path: str, split: str | None, *, base_path: Path) -> Path | HubN
     if place.is_dir():
         return _file_in_folder(place, split)
     if place.is_file():
-        if place.suffix not in SUFFIXES:
+        if not place.name.endswith(SUFFIXES):
             raise DataError(f"{place} is no data file; its name must end in one of {', '.join(SUFFIXES)}")
         if split is not None:
             raise DataError(f"data.split is {split!r}, but {place} is one file; leave data.split out")
         return place
-    if path.startswith((".", "/", "~", BUNDLED)) or Path(path).suffix in SUFFIXES or not HUB_NAME.fullmatch(path):
+    if path.startswith((".", "/", "~", BUNDLED)) or path.endswith(SUFFIXES) or not HUB_NAME.fullmatch(path):
         raise DataError(f"there is no file {place}; {_nearest(place, path)}")
     return HubName(path, place)
 
 
 def read_rows(file: Path) -> Iterator[RawRow]:
     """The rows of a local file, in its order."""
-    if file.suffix == ".jsonl":
+    if file.name.endswith((".jsonl", ".jsonl.gz")):
         return _read_jsonl(file)
     return _read_json(file) if file.suffix == ".json" else _read_parquet(file)
 
@@ -86,9 +88,9 @@ def near(name: str, names: list[str]) -> str:
 
 
 def _file_in_folder(folder: Path, split: str | None) -> Path:
-    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
-    names = ", ".join(file.name for file in files) or "no .jsonl, .json or .parquet file"
-    fitting = [file for file in files if split is None or file.stem == split]
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES))
+    names = ", ".join(file.name for file in files) or f"no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
+    fitting = [file for file in files if split is None or file.name in {split + suffix for suffix in SUFFIXES}]
     if len(fitting) != 1:
         wanted = "one data file" if split is None else f"one data file for data.split {split!r}"
         raise DataError(f"{folder} does not hold just {wanted} (it has {names}); name a file in data.path")
@@ -103,8 +105,14 @@ def _nearest(place: Path, path: str) -> str:
 
 
 def _read_jsonl(file: Path) -> Iterator[RawRow]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+        for number in itertools.count(1):
+            try:
+                line = lines.readline()
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise DataError(f"{file}: not readable as gzip ({error}); compress it anew") from error
+            if not line:
+                return
             if line.strip():
                 yield RawRow(f"{file}:{number}", _parse_object(line, f"{file}:{number}"))
 

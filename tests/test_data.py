@@ -1,5 +1,6 @@
 """Prompts from local files and the hub: columns, ids, order, and a one-line error for each mistake."""
 
+import gzip
 import importlib
 import json
 import re
@@ -50,6 +51,16 @@ def test_rows_keep_their_order_ids_and_columns(tmp_path: Path, write: Callable[.
         ("b", "second letter", {"answer": 2}),
         ("a", "first letter", {"answer": 1}),
     ]
+
+
+def test_gzipped_json_lines_and_a_damaged_one(tmp_path: Path, write: Callable[..., str]) -> None:
+    expected = load(tmp_path, path=write(*ROWS))
+    packed = gzip.compress((tmp_path / "rows.jsonl").read_bytes())
+    for name, content in {"whole": packed, "cut": packed[:-12], "other": b"{}"}.items():
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(content)
+    assert load(tmp_path, path="whole.jsonl.gz") == expected
+    for name in ("cut", "other"):
+        assert f"{name}.jsonl.gz: not readable as gzip" in mistake(tmp_path, path=f"{name}.jsonl.gz")
 
 
 def test_json_parquet_and_folders_give_the_same_prompts(tmp_path: Path, write: Callable[..., str]) -> None:
@@ -131,12 +142,12 @@ def test_missing_file(tmp_path: Path, write: Callable[..., str]) -> None:
 
 def test_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt\nx\n")
-    assert "its name must end in one of .jsonl, .json, .parquet" in mistake(tmp_path, path="rows.csv")
+    assert "its name must end in one of .jsonl, .jsonl.gz, .json, .parquet" in mistake(tmp_path, path="rows.csv")
 
 
 def test_folder_that_does_not_say_which_file(tmp_path: Path, write: Callable[..., str]) -> None:
     (tmp_path / "data").mkdir()
-    assert "it has no .jsonl, .json or .parquet file" in mistake(tmp_path, path="data")
+    assert "it has no .jsonl, .jsonl.gz, .json or .parquet file" in mistake(tmp_path, path="data")
     write(*ROWS, name="data/train.jsonl")
     write(*ROWS, name="data/test.jsonl")
     assert "(it has test.jsonl, train.jsonl)" in mistake(tmp_path, path="data")

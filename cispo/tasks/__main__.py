@@ -1,6 +1,7 @@
 """`python -m cispo.tasks OUT_DIR [--seed 0] [--imperfect-share 0.6] [--tokenizer FOLDER]` writes the task files."""
 
 import argparse
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from cispo.tasks.generate import CORPUS_ROWS, write_files
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m cispo.tasks", description="Generate Python function tasks.")
-    parser.add_argument("folder", metavar="OUT_DIR", type=Path, help="where the .jsonl files go")
+    parser.add_argument("folder", metavar="OUT_DIR", type=Path, help="where the files go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--imperfect-share", type=_share, default=0.6, help="share of wrong completions in the corpus, 0 to 1"
@@ -21,12 +22,12 @@ def main() -> None:
         options.folder, seed=options.seed, imperfect_share=options.imperfect_share, corpus=options.corpus_rows
     )
     for name, count in counts.items():
-        print(f"{options.folder / name}.jsonl: {count} rows")
+        print(f"{options.folder / name}: {count} rows")
     if options.tokenizer is not None:
         from cispo.tasks.tokenizer import length_summary, write_tokenizer
 
-        lines = (options.folder / "sft_corpus.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        with gzip.open(options.folder / "sft_corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
         print(length_summary(write_tokenizer(options.tokenizer, rows), rows))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cispo.data_files import read_rows
 from cispo.resources import recipes_folder
 from cispo.tasks.check import Case, load_function, same, try_mutant
 from cispo.tasks.library import OPERATIONS
@@ -21,8 +22,11 @@ COLUMNS = {
 }  # fmt: skip
 
 
+FILES = {name: FOLDER / f"{name}.jsonl" for name in SPLITS} | {"sft_corpus": FOLDER / "sft_corpus.jsonl.gz"}
+
+
 def read(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row.values for row in read_rows(FILES[name])]
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +125,14 @@ def test_the_corpus_is_of_mixed_quality_and_always_of_the_right_form() -> None:
 
 
 def test_files_are_small() -> None:
-    assert sum((FOLDER / f"{split}.jsonl").stat().st_size for split in SPLITS) < 5_500_000
-    # 48,000 rows: with a third of them three epochs teach too little and ten are learnt by heart.
-    assert (FOLDER / "sft_corpus.jsonl").stat().st_size < 12_000_000
+    assert sum(FILES[split].stat().st_size for split in SPLITS) < 5_500_000
+    assert FILES["sft_corpus"].stat().st_size < 4_000_000
 
 
 def test_datasets_loads_every_file(tmp_path: Path) -> None:
     datasets = importlib.import_module("datasets")
     datasets.disable_progress_bars()
     for name in (*SPLITS, "sft_corpus"):
-        file = str(FOLDER / f"{name}.jsonl")
-        loaded = datasets.load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path))
+        loaded = datasets.load_dataset("json", data_files=str(FILES[name]), split="train", cache_dir=str(tmp_path))
         rows = read(name)
         assert loaded.num_rows == len(rows) and loaded[0] == rows[0]

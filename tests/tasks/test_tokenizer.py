@@ -1,11 +1,13 @@
 """The bundled policy's tokenizer: training, its files, and how short tasks are in it."""
 
+import itertools
 import json
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
+from cispo.data_files import read_rows
 from cispo.model.tokenizer import Tokenizer
 from cispo.resources import recipes_folder
 from cispo.tasks.tokenizer import VOCABULARY_SIZE, length_summary, train_tokenizer, write_tokenizer
@@ -14,8 +16,8 @@ BUNDLED = Path(str(files("cispo.model"))) / "assets" / "tiny"
 
 
 def corpus(limit: int) -> list[dict[str, object]]:
-    lines = (recipes_folder() / "data" / "code" / "sft_corpus.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:limit]]
+    rows = read_rows(recipes_folder() / "data" / "code" / "sft_corpus.jsonl.gz")
+    return [row.values for row in itertools.islice(rows, limit)]
 
 
 @pytest.fixture(scope="module")
