@@ -34,7 +34,9 @@ STEP_NAME = re.compile(r"step_(\d+)(\.jsonl)?")
 _DRAFT_SUFFIX = ".draft"
 """Ends the hidden name under which a file is written before it takes its place."""
 MAY_CHANGE = frozenset({"steps", "checkpoint", "logging", "ray", "base_path"})
-"""Top-level settings that may differ when a run is resumed: they say how long and where, not what is computed."""
+"""Top-level settings that may differ when a run is resumed: they say how long and where, not what is computed.
+
+`steps` only while the learning rate is constant."""
 
 
 class RunFolder:
@@ -226,11 +228,14 @@ def _refuse_another_recipe(path: Path, recipe: BaseModel) -> None:
     if not isinstance(stored, dict):
         raise RunFolderError(f"{path / RECIPE} holds no settings; restore it, or start another run with --name")
     given = yaml.safe_load(resolved_yaml(recipe))
-    differing = differing_settings(_without(stored, MAY_CHANGE), _without(given, MAY_CHANGE))
+    # A learning rate that falls over the run is another one at every step once the run has another length.
+    is_shaped_by_length = (given.get("learner") or {}).get("schedule", "constant") != "constant"
+    may_change = MAY_CHANGE - {"steps"} if is_shaped_by_length else MAY_CHANGE
+    differing = differing_settings(_without(stored, may_change), _without(given, may_change))
     if differing:
         raise RunFolderError(
             f"the run at {path} was started with other settings: {'; '.join(differing)}; "
-            f"resume with the run's own ({RECIPE} in it; only {', '.join(sorted(MAY_CHANGE))} may change), "
+            f"resume with the run's own ({RECIPE} in it; only {', '.join(sorted(may_change))} may change), "
             "or start another run with --name"
         )
 

@@ -25,6 +25,7 @@ from cispo.types import Group, Prompt, Rollout, Score, ScoredGroup, ScoreStatus,
 class Learner(BaseModel):
     learning_rate: float = 1e-6
     max_grad_norm: float = float("inf")
+    schedule: str = "constant"
 
 
 class Recipe(BaseModel):
@@ -55,7 +56,7 @@ def scored_group() -> ScoredGroup:
 
 def test_folder_holds_the_resolved_recipe(folder: RunFolder) -> None:
     stored = yaml.safe_load((folder.path / "recipe.yaml").read_text())
-    assert stored["learner"] == {"learning_rate": 1e-6, "max_grad_norm": float("inf")}
+    assert stored["learner"] == {"learning_rate": 1e-6, "max_grad_norm": float("inf"), "schedule": "constant"}
     assert stored["base_path"] == "/somewhere"
 
 
@@ -246,3 +247,11 @@ def test_resuming_removes_the_drafts_that_a_kill_left(folder: RunFolder) -> None
     assert list((folder.path / "rollouts").iterdir()) == []
     assert (folder.path / "recipe.yaml").exists()
     assert (folder.path / ".lock").exists()
+
+
+def test_length_may_not_change_where_the_learning_rate_depends_on_it(tmp_path: Path) -> None:
+    falling = Learner(schedule="cosine")
+    RunFolder.create(tmp_path / "toy", Recipe(learner=falling)).close()
+    with pytest.raises(RunFolderError, match="steps"):
+        RunFolder.open_for_resume(tmp_path / "toy", Recipe(learner=falling, steps=30))
+    RunFolder.open_for_resume(tmp_path / "toy", Recipe(learner=falling)).close()
