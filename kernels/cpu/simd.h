@@ -18,6 +18,8 @@ namespace cispo {
 constexpr int64_t kLanes = 16;
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef float HalfVec __attribute__((vector_size(32)));
+typedef float QuarterVec __attribute__((vector_size(16)));
 
 inline Vec fill(float x) { return x - Vec{}; }
 
@@ -66,18 +68,56 @@ inline Vec select(IntVec condition, Vec yes, Vec no) { return condition ? yes : 
 inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 inline Vec min(Vec a, Vec b) { return select(a < b, a, b); }
 
-// Lanes added pairwise, always in the same tree.
+template <class Half, class Whole, class Combine>
+inline Half fold(const Whole& x, Combine combine) {
+  Half low, high;
+  std::memcpy(&low, &x, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+  return combine(low, high);
+}
+
+// Lanes added pairwise, always in the same tree: i and i + 8, then i and i + 4, i + 2, i + 1.
 inline float sum(Vec x) {
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) x[i] += x[i + width];
-  }
-  return x[0];
+  const auto add = [](const auto& a, const auto& b) { return a + b; };
+  const HalfVec eight = fold<HalfVec>(x, add);
+  const QuarterVec four = fold<QuarterVec>(eight, add);
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 inline float maximum(Vec x) {
-  float best = x[0];
-  for (int64_t i = 1; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
-  return best;
+  const auto larger = [](const auto& a, const auto& b) { return a > b ? a : b; };
+  const HalfVec eight = fold<HalfVec>(x, larger);
+  const QuarterVec four = fold<QuarterVec>(eight, larger);
+  return larger(larger(four[0], four[2]), larger(four[1], four[3]));
+}
+
+// Blocks of Width rows and lanes change places across the diagonal: one step of `transpose`.
+template <int Width>
+inline void exchange(Vec* rows) {
+  const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const IntVec is_right = (lane & Width) != 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & Width) continue;
+    const Vec upper = rows[i], lower = rows[i + Width];
+#if defined(__clang__)
+    for (int to = 0; to < kLanes; ++to) {
+      rows[i][to] = to & Width ? lower[to - Width] : upper[to];
+      rows[i + Width][to] = to & Width ? lower[to] : upper[to + Width];
+    }
+#else
+    rows[i] = __builtin_shuffle(upper, lower, is_right ? lane + 16 - Width : lane);
+    rows[i + Width] = __builtin_shuffle(upper, lower, is_right ? lane + 16 : lane + Width);
+#endif
+  }
+}
+
+// 16 rows of 16 lanes, in place.
+inline void transpose(Vec* rows) {
+  exchange<8>(rows);
+  exchange<4>(rows);
+  exchange<2>(rows);
+  exchange<1>(rows);
 }
 
 // e^x: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 7 in r, then the exponent; below 1.5 units in the last
