@@ -1,5 +1,6 @@
-"""Lightning attention in plain PyTorch: chunked forward, hand-written backward, and one decode step.
+"""Lightning attention: of packed sequences, of prompts that leave a cache, and of one more token.
 
+    q, k, v = silu(projections)
     S_t = exp(-s) S_{t-1} + k_t^T v_t        o_t = q_t S_t                                   (Lightning Attention-2,
                                                                                   arXiv 2401.04658, with M1's slopes s)
 
@@ -8,10 +9,12 @@ M_ij = exp(-s (i - j)) for i >= j, lq_i = exp(-s (i + 1)), lk_j = exp(-s (C - 1 
 All decays are exponentials of differences, so no slope overflows. Arithmetic is float32 whatever the inputs.
 
 Decode keeps the state at the last chunk boundary and the keys and values since, and evaluates one row of the very
-product that training evaluates for the whole chunk: same operands, same order of sums, so the same bits wherever the
-library's products do not depend on the row count (see cispo.model.arithmetic).
+product that training evaluates for the whole chunk. The CPU kernels spell that out (cispo.kernels.lightning_cpu); here,
+in plain PyTorch, it is the same operands in the same layout, so the same bits wherever the library's products do not
+depend on the row count (see cispo.model.arithmetic).
 
-N packed tokens, M chunks, B sequences, H heads, C = 64 rows of a chunk, D head dim.
+N packed tokens, M chunks, B sequences, S slots, H heads, C = 64 rows of a chunk, D head dim, I = 3 H D projections in
+M1's order (head by head: q, k, v), J = H D outputs.
 """
 
 from collections.abc import Callable
@@ -22,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cispo.kernels import cpu_library, lightning_cpu
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
+from cispo.kernels.pointwise import silu
 
 QUERY_ROWS = 4
 """Rows that one decoded query is padded to: a single row takes another path through the library's product."""
@@ -32,7 +37,9 @@ QUERY_ROWS = 4
 class Decays:
     """The constants of one layer's slopes [H]: within_HCC is M, query_HC1 is lq, key_HC1 is lk, chunk_H11 is lam.
 
-    within_CHC and query_CH11 are M and lq by row, for the one row of a decode step.
+    within_CHC and query_CH11 are M and lq by row, for the one row of a decode step. table_HT is what the CPU kernels
+    read: exp(-s (63 - u)) for u = 0 .. 63, zeros for u = 64 .. 127, then lq. Row i of M is the 64 values from 63 - i,
+    lk its first 64 values, lam its last.
     """
 
     within_HCC: Tensor
@@ -41,6 +48,7 @@ class Decays:
     chunk_H11: Tensor
     within_CHC: Tensor
     query_CH11: Tensor
+    table_HT: Tensor
 
 
 def decays(slopes_H: Tensor) -> Decays:
@@ -50,13 +58,15 @@ def decays(slopes_H: Tensor) -> Decays:
     distance_CC = row_C[:, None] - row_C[None, :]
     within_HCC = torch.exp(-slopes_H11 * distance_CC.clamp(min=0)) * (distance_CC >= 0)
     query_HC1 = torch.exp(-slopes_H11 * (row_C[None, :, None] + 1))
+    key_HC1 = torch.exp(-slopes_H11 * (CHUNK_LENGTH - 1 - row_C[None, :, None]))
     return Decays(
         within_HCC=within_HCC,
         query_HC1=query_HC1,
-        key_HC1=torch.exp(-slopes_H11 * (CHUNK_LENGTH - 1 - row_C[None, :, None])),
+        key_HC1=key_HC1,
         chunk_H11=torch.exp(-slopes_H11 * CHUNK_LENGTH),
         within_CHC=within_HCC.transpose(0, 1).contiguous(),
         query_CH11=query_HC1.transpose(0, 1).unsqueeze(3).contiguous(),
+        table_HT=torch.cat((key_HC1, torch.zeros_like(key_HC1), query_HC1), dim=1).squeeze(2),
     )
 
 
@@ -97,7 +107,7 @@ class _LightningAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, grid: ChunkGrid, decay: Decays) -> Tensor:
         states = _chunk_states(_chunk_kv(k, v, decay), grid, decay)
-        scores = _product(q, k.transpose(2, 3)).mul_(decay.within_HCC)
+        scores = _product(q, k.transpose(2, 3).contiguous()).mul_(decay.within_HCC)
         out = _product(scores, v).add_(_product(q, states).mul_(decay.query_HC1))
         ctx.save_for_backward(q, k, v, scores, states)
         ctx.grid, ctx.decay = grid, decay
@@ -117,61 +127,96 @@ class _LightningAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def lightning_attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, slopes: Decays, grid: ChunkGrid) -> Tensor:
-    """o_t = sum_{j <= t} exp(-s (t - j)) (q_t . k_j) v_j for every packed sequence; float32 [N, H, D].
+def _heads(qkv_NI: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v after SiLU, float32 [N, H, D] each."""
+    rows_NHE = silu(qkv_NI).reshape(qkv_NI.shape[0], heads, -1).float()
+    q_NHD, k_NHD, v_NHD = rows_NHE.split(rows_NHE.shape[2] // 3, dim=2)
+    return q_NHD, k_NHD, v_NHD
 
-    q_NHD, k_NHD, v_NHD: packed rows [N, H, D], any float dtype. slopes: `decays` of the layer. No 1/sqrt(D) scale.
+
+def _is_served(qkv_NI: Tensor, slopes: Decays) -> bool:
+    heads = slopes.table_HT.shape[0]
+    return cpu_library.serves(qkv_NI) and lightning_cpu.takes(qkv_NI.shape[1] // (3 * heads))
+
+
+def lightning_attention(qkv_NI: Tensor, slopes: Decays, grid: ChunkGrid) -> Tensor:
+    """o_t = sum_{j <= t} exp(-s (t - j)) (q_t . k_j) v_j for every packed sequence; float32 [N, J]. No 1/sqrt(D) scale.
+
+    qkv_NI: projections before SiLU, any float dtype; columns of a wider buffer will do. slopes: `decays` of the layer.
+    Differentiable in qkv_NI.
     """
-    grids = [grid.scatter(x.float()) for x in (q_NHD, k_NHD, v_NHD)]
+    if _is_served(qkv_NI, slopes):
+        return lightning_cpu.attention(qkv_NI, slopes.table_HT, grid.lengths)
+    grids = [grid.scatter(x) for x in _heads(qkv_NI, slopes.table_HT.shape[0])]
     apply: Callable[..., Tensor] = _LightningAttention.apply
-    return grid.gather(apply(*grids, grid, slopes))
+    return grid.gather(apply(*grids, grid, slopes)).flatten(1)
 
 
-def lightning_final_state(
-    k_NHD: Tensor, v_NHD: Tensor, slopes: Decays, grid: ChunkGrid
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What decode needs to go on after prefill: the state at each sequence's last chunk boundary and the rows since.
+def lightning_prefill(
+    qkv_NI: Tensor,
+    slopes: Decays,
+    grid: ChunkGrid,
+    slot_B: Tensor,
+    state_SHDD: Tensor,
+    k_recent_SHDC: Tensor,
+    v_recent_SHCD: Tensor,
+) -> Tensor:
+    """`lightning_attention` that also leaves what decode needs to go on, in the slots slot_B (int64) of three caches.
 
-    Returns state_BHDD, k_recent_BHCD and v_recent_BHCD, all float32; rows not yet written are zero. A sequence whose
-    length is a multiple of 64 has its full last chunk in the state already and no recent rows.
+    That is, float32: the state at each sequence's last chunk boundary, and the keys (transposed) and values of the rows
+    since. A sequence whose length is a multiple of 64 has its full last chunk in the state already and no recent rows.
+    What the caches hold of rows not yet written means nothing. Not differentiable.
     """
-    k, v = grid.scatter(k_NHD.float()), grid.scatter(v_NHD.float())
+    caches = (state_SHDD, k_recent_SHDC, v_recent_SHCD)
+    if _is_served(qkv_NI, slopes):
+        return lightning_cpu.prefill(qkv_NI, slopes.table_HT, grid.lengths, slot_B, *caches)
+    _, k_NHD, v_NHD = _heads(qkv_NI, slopes.table_HT.shape[0])
+    for cache, left in zip(caches, _final_state(k_NHD, v_NHD, slopes, grid), strict=True):
+        cache.index_copy_(0, slot_B, left)
+    return lightning_attention(qkv_NI, slopes, grid)
+
+
+def _final_state(k_NHD: Tensor, v_NHD: Tensor, slopes: Decays, grid: ChunkGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """state_BHDD, k_recent_BHDC and v_recent_BHCD of `lightning_prefill`; rows not yet written are zero."""
+    k, v = grid.scatter(k_NHD), grid.scatter(v_NHD)
     kv = _chunk_kv(k, v, slopes)
     states = _chunk_states(kv, grid, slopes).index_select(0, grid.last_chunk_B)
     kv, k, v = (x.index_select(0, grid.last_chunk_B) for x in (kv, k, v))
     is_full = torch.tensor([length % CHUNK_LENGTH == 0 for length in grid.lengths], device=k.device).view(-1, 1, 1, 1)
     states = torch.where(is_full, slopes.chunk_H11 * states + kv, states)
-    return states, k.masked_fill(is_full, 0.0), v.masked_fill(is_full, 0.0)
+    return states, k.masked_fill(is_full, 0.0).transpose(2, 3), v.masked_fill(is_full, 0.0)
 
 
 def lightning_decode(
-    q_BHD: Tensor,
-    k_BHD: Tensor,
-    v_BHD: Tensor,
+    qkv_BI: Tensor,
     slopes: Decays,
     every_B: Tensor,
     row_B: Tensor,
     full_rows: Tensor | None,
-    state_BHDD: Tensor,
-    k_recent_BHCD: Tensor,
-    v_recent_BHCD: Tensor,
+    state_SHDD: Tensor,
+    k_recent_SHDC: Tensor,
+    v_recent_SHCD: Tensor,
 ) -> Tensor:
-    """One token for each of B sequences; float32 [B, H, D]. The three caches are updated in place.
+    """One token for each of the sequences in slots 0 .. B - 1; float32 [B, J]. The three caches are updated in place.
 
-    every_B: 0 .. B - 1, int64. row_B: row of the token in its chunk (position modulo 64), int64. full_rows: indices of
-    the sequences whose chunk this token completes (int64), or None when there is none; their state takes the chunk in
-    and the rows start anew.
+    qkv_BI: projections before SiLU. every_B: 0 .. B - 1, int64. row_B: row of the token in its chunk (position modulo
+    64), int64. full_rows: indices of the sequences whose chunk this token completes (int64), or None when there is
+    none; their state takes the chunk in and the rows start anew.
     """
-    k_recent_BHCD[every_B, :, row_B] = k_BHD.float()
-    v_recent_BHCD[every_B, :, row_B] = v_BHD.float()
-    query = F.pad(q_BHD.float().unsqueeze(2), (0, 0, 0, QUERY_ROWS - 1))
+    if _is_served(qkv_BI, slopes):
+        return lightning_cpu.decode(qkv_BI, slopes.table_HT, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD)
+    state, k_recent, v_recent = (cache[: len(qkv_BI)] for cache in (state_SHDD, k_recent_SHDC, v_recent_SHCD))
+    q_BHD, k_BHD, v_BHD = _heads(qkv_BI, slopes.table_HT.shape[0])
+    k_recent[every_B, :, :, row_B] = k_BHD
+    v_recent[every_B, :, row_B] = v_BHD
+    query = F.pad(q_BHD.unsqueeze(2), (0, 0, 0, QUERY_ROWS - 1))
     within = slopes.within_CHC.index_select(0, row_B).unsqueeze(2)
-    scores = _product(query, k_recent_BHCD.transpose(2, 3)).mul_(within)
-    decayed = _product(query, state_BHDD).mul_(slopes.query_CH11.index_select(0, row_B))
-    out = _product(scores, v_recent_BHCD).add_(decayed)[:, :, 0]
+    scores = _product(query, k_recent).mul_(within)
+    decayed = _product(query, state).mul_(slopes.query_CH11.index_select(0, row_B))
+    out_BHD = _product(scores, v_recent).add_(decayed)[:, :, 0]
     if full_rows is not None:
-        kv = _chunk_kv(k_recent_BHCD.index_select(0, full_rows), v_recent_BHCD.index_select(0, full_rows), slopes)
-        state_BHDD.index_copy_(0, full_rows, slopes.chunk_H11 * state_BHDD.index_select(0, full_rows) + kv)
-        k_recent_BHCD.index_fill_(0, full_rows, 0.0)
-        v_recent_BHCD.index_fill_(0, full_rows, 0.0)
-    return out
+        k, v = k_recent.index_select(0, full_rows).transpose(2, 3), v_recent.index_select(0, full_rows)
+        state.index_copy_(0, full_rows, slopes.chunk_H11 * state.index_select(0, full_rows) + _chunk_kv(k, v, slopes))
+        k_recent.index_fill_(0, full_rows, 0.0)
+        v_recent.index_fill_(0, full_rows, 0.0)
+    return out_BHD.flatten(1)

@@ -18,9 +18,9 @@ from cispo.kernels.lightning_attention import (
     decays,
     lightning_attention,
     lightning_decode,
-    lightning_final_state,
+    lightning_prefill,
 )
-from cispo.kernels.pointwise import sigmoid, silu
+from cispo.kernels.pointwise import sigmoid
 from cispo.kernels.product import product
 from cispo.kernels.softmax_attention import softmax_attention, softmax_decode
 from cispo.model.cache import DecodeStep, PrefillTarget, State, StateSpec
@@ -74,18 +74,16 @@ class LightningMixer(nn.Module):
         return self._decays
 
     def state_specs(self) -> list[StateSpec]:
-        recent = (self.heads, CHUNK_LENGTH, self.head_dim)
         return [
             StateSpec("state", (self.heads, self.head_dim, self.head_dim), is_paged=False),
-            StateSpec("k_recent", recent, is_paged=False),
-            StateSpec("v_recent", recent, is_paged=False),
+            StateSpec("k_recent", (self.heads, self.head_dim, CHUNK_LENGTH), is_paged=False),
+            StateSpec("v_recent", (self.heads, CHUNK_LENGTH, self.head_dim), is_paged=False),
         ]
 
-    def _project(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         inner = self.heads * self.head_dim
         qkv_NI, gate_NI = product(x_ND, self.qkv_gate).split([3 * inner, inner], dim=-1)
-        q, k, v = silu(qkv_NI).view(-1, self.heads, 3 * self.head_dim).split(self.head_dim, dim=-1)
-        return q, k, v, gate_NI
+        return qkv_NI, gate_NI
 
     def _finish(self, out_NHA: Tensor, gate_NI: Tensor) -> Tensor:
         normed = F.rms_norm(out_NHA.flatten(1).to(gate_NI.dtype), self.norm.shape, self.norm, _LIGHTNING_NORM_EPSILON)
@@ -94,20 +92,18 @@ class LightningMixer(nn.Module):
     def forward(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
     ) -> Tensor:
-        q, k, v, gate = self._project(x_ND)
+        qkv, gate = self._project(x_ND)
         slopes = self.decays(x_ND.device)
         if state is not None and target is not None:
-            final = lightning_final_state(k, v, slopes, grid)
-            for name, tensor in zip(("state", "k_recent", "v_recent"), final, strict=True):
-                state[name].index_copy_(0, target.slot_B, tensor)
-        return self._finish(lightning_attention(q, k, v, slopes, grid), gate)
+            caches = state["state"], state["k_recent"], state["v_recent"]
+            return self._finish(lightning_prefill(qkv, slopes, grid, target.slot_B, *caches), gate)
+        return self._finish(lightning_attention(qkv, slopes, grid), gate)
 
     def decode(self, x_BD: Tensor, rotary_BA: Tensor, step: DecodeStep, state: State) -> Tensor:
-        q, k, v, gate = self._project(x_BD)
-        batch = x_BD.shape[0]
-        own = (state[name][:batch] for name in ("state", "k_recent", "v_recent"))
-        out = lightning_decode(q, k, v, self.decays(x_BD.device), step.every_B, step.row_B, step.full_rows, *own)
-        return self._finish(out, gate)
+        qkv, gate = self._project(x_BD)
+        caches = state["state"], state["k_recent"], state["v_recent"]
+        slopes = self.decays(x_BD.device)
+        return self._finish(lightning_decode(qkv, slopes, step.every_B, step.row_B, step.full_rows, *caches), gate)
 
 
 def rotary_table(positions_N: Tensor, rotary_dim: int, theta: float) -> Tensor:

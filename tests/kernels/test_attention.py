@@ -1,4 +1,4 @@
-"""Attention twins against the token recurrence and the library's softmax, in float64, forward and backward."""
+"""Softmax attention against the library's, in float64, forward and backward."""
 
 import pytest
 import torch
@@ -6,11 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cispo.kernels.chunks import chunk_grid
-from cispo.kernels.lightning_attention import decays, lightning_attention
 from cispo.kernels.softmax_attention import softmax_attention
 
 LENGTHS = [[5, 64, 130, 1, 70], [128], [63, 65], [200, 3]]
-SLOPES_H = torch.tensor([0.917, 0.25, 0.06, 0.004])
 
 
 def leaves(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
@@ -20,19 +18,6 @@ def leaves(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
 
 def doubles(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.detach().double().requires_grad_() for tensor in tensors]
-
-
-def recurrence(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, lengths: list[int]) -> Tensor:
-    """S_t = exp(-s) S_{t-1} + k_t^T v_t, o_t = q_t S_t, token by token."""
-    decay_H11 = torch.exp(-SLOPES_H.double()).view(-1, 1, 1)
-    out, token = [], 0
-    for length in lengths:
-        state_HDD = torch.zeros(q_NHD.shape[1], q_NHD.shape[2], v_NHD.shape[2], dtype=torch.float64)
-        for _ in range(length):
-            state_HDD = decay_H11 * state_HDD + k_NHD[token].unsqueeze(2) * v_NHD[token].unsqueeze(1)
-            out.append((q_NHD[token].unsqueeze(1) @ state_HDD).squeeze(1))
-            token += 1
-    return torch.stack(out)
 
 
 def library_softmax(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, lengths: list[int]) -> Tensor:
@@ -60,15 +45,6 @@ def check(actual: Tensor, actual_leaves: list[Tensor], expected: Tensor, expecte
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("dim", [8, 32])
-def test_lightning_equals_the_recurrence(lengths: list[int], dim: int) -> None:
-    tensors = leaves(*[(sum(lengths), 4, dim)] * 3)
-    grid = chunk_grid(lengths, torch.device("cpu"))
-    reference = doubles(tensors)
-    check(lightning_attention(*tensors, decays(SLOPES_H), grid), tensors, recurrence(*reference, lengths), reference)
-
-
-@pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_softmax_equals_the_library(lengths: list[int], key_heads: int) -> None:
     tokens = sum(lengths)
@@ -76,12 +52,6 @@ def test_softmax_equals_the_library(lengths: list[int], key_heads: int) -> None:
     grid = chunk_grid(lengths, torch.device("cpu"))
     reference = doubles(tensors)
     check(softmax_attention(*tensors, grid), tensors, library_softmax(*reference, lengths), reference)
-
-
-def test_steep_slopes_do_not_overflow() -> None:
-    q, k, v = leaves(*[(300, 1, 8)] * 3)
-    out = lightning_attention(q, k, v, decays(torch.tensor([50.0])), chunk_grid([300], torch.device("cpu")))
-    torch.testing.assert_close(out, (q * k).sum(-1, keepdim=True) * v, atol=1e-5, rtol=1e-5)
 
 
 def test_a_sequence_without_tokens_is_refused() -> None:

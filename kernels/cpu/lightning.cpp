@@ -1,0 +1,130 @@
+// Lightning attention of packed sequences and of one more token, in one arithmetic.
+//
+// For query i of a chunk, key j <= i and S the state before the chunk:
+//   p_ij = (chain over d of q_id k_jd) M_ij,   o_i = lq_i (chain over d of q_id S_d) + (chain over j of p_ij v_j),
+// the last addition and multiplication rounded once. After a full chunk S = lam S + (chain over j of (lk_j k_j)^T v_j),
+// again rounded once. Terms of keys past the query are p = 0 and change nothing. See cispo.kernels.lightning_attention.
+#include "lightning.h"
+
+using namespace cispo;
+using namespace cispo::lightning;
+
+namespace {
+
+struct alignas(64) Forward {
+  float q[kChunk * kRow], k[kChunk * kRow], v[kChunk * kRow];
+  float k_transposed[kMaximumDim * kChunk], scores[kChunk * kChunk], state[kMaximumDim * kMaximumDim];
+};
+
+// What decode goes on from, for one head of one sequence: state [D, D], keys [D, C] and values [C, D] since.
+struct Cache {
+  float *state, *k_recent, *v_recent;
+};
+
+// after = lam before + (diag(lk) K)^T V for a full chunk; before is null where it is zero, and may be `after`.
+void add_chunk(const float* k_transposed, const float* v, int64_t v_row, int64_t dim, Decays decay, const float* before,
+               float* after) {
+  alignas(64) float k_decayed[kMaximumDim * kChunk];
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t j = 0; j < kChunk; j += kLanes)
+      store(k_decayed + d * kChunk + j, load(k_transposed + d * kChunk + j) * load(decay.key() + j));
+  const Vec over_chunk = fill(decay.chunk());
+  multiply<kChunk, 1>(dim, k_decayed, v, v_row, over_all(kChunk, dim), [=](int64_t i, int64_t j, Vec x) {
+    store(after + i * dim + j, before ? fma(over_chunk, load(before + i * dim + j), x) : x);
+  });
+}
+
+// states, where given, takes the state before every chunk but the first, `states_chunk` apart.
+void forward(const float* x, int64_t x_row, int64_t length, int64_t dim, Decays decay, float* out, int64_t out_row,
+             float* states, int64_t states_chunk, const Cache* cache) {
+  Forward& own = workspace<Forward>();
+  const float* state = nullptr;
+  for (int64_t begin = 0; begin < length; begin += kChunk, x += kChunk * x_row, out += kChunk * out_row) {
+    const int64_t n = std::min(kChunk, length - begin);
+    load_silu(x, x_row, n, dim, own.q);
+    load_silu(x + dim, x_row, n, dim, own.k);
+    load_silu(x + 2 * dim, x_row, n, dim, own.v);
+    transpose(round_up(n, kLanes), dim, own.k, kRow, own.k_transposed, kChunk);
+    multiply<kRow, 1>(n, own.q, own.k_transposed, kChunk, earlier_keys(dim), [&](int64_t i, int64_t j, Vec score) {
+      store(own.scores + i * kChunk + j, score * decay.within(i, j));
+    });
+    multiply<kChunk, 1>(n, own.scores, own.v, kRow, over_earlier(dim), [=](int64_t i, int64_t d, Vec inner) {
+      if (i < n) store(out + i * out_row + d, inner);
+    });
+    if (state) {
+      multiply<kRow, 1>(n, own.q, state, dim, over_all(dim, dim), [=](int64_t i, int64_t d, Vec carried) {
+        if (i < n) store(out + i * out_row + d, fma(fill(decay.query(i)), carried, load(out + i * out_row + d)));
+      });
+    }
+    const bool is_last = begin + n == length;
+    if (n == kChunk && (!is_last || cache)) {
+      float* after = is_last ? cache->state : states ? states + (begin / kChunk + 1) * states_chunk : own.state;
+      add_chunk(own.k_transposed, own.v, kRow, dim, decay, state, after);
+      state = after;
+    } else if (is_last && cache) {
+      if (state) std::memcpy(cache->state, state, dim * dim * sizeof(float));
+      else std::memset(cache->state, 0, dim * dim * sizeof(float));
+      for (int64_t d = 0; d < dim; ++d)
+        std::memcpy(cache->k_recent + d * kChunk, own.k_transposed + d * kChunk, n * sizeof(float));
+      for (int64_t j = 0; j < n; ++j) std::memcpy(cache->v_recent + j * dim, own.v + j * kRow, dim * sizeof(float));
+    }
+  }
+}
+
+void decode(const float* x, int64_t row, int64_t dim, Decays decay, Cache cache, float* out) {
+  alignas(64) float q[kMaximumDim], k[kMaximumDim], scores[kChunk];
+  float* v = cache.v_recent + row * dim;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    store(q + d, silu(load(x + d)));
+    store(k + d, silu(load(x + dim + d)));
+    store(v + d, silu(load(x + 2 * dim + d)));
+  }
+  for (int64_t d = 0; d < dim; ++d) cache.k_recent[d * kChunk + row] = k[d];
+  multiply_row(q, cache.k_recent, kChunk, dim, round_up(row + 1, kLanes), [&](int64_t j, Vec score) {
+    store(scores + j, score * decay.within(row, j));
+  });
+  multiply_row(q, cache.state, dim, dim, dim, [=](int64_t d, Vec carried) { store(out + d, carried); });
+  multiply_row(scores, cache.v_recent, dim, row + 1, dim, [=](int64_t d, Vec inner) {
+    store(out + d, fma(fill(decay.query(row)), load(out + d), inner));
+  });
+  if (row == kChunk - 1) add_chunk(cache.k_recent, cache.v_recent, dim, dim, decay, cache.state, cache.state);
+}
+
+}  // namespace
+
+extern "C" {
+
+// x: rows x_row apart, head by head q, k, v. states [chunks, H, D, D] or null. slots: where in the caches each sequence
+// leaves what decode goes on from, or null.
+void cispo_lightning_forward(const float* x, int64_t x_row, const int64_t* lengths, const float* decays, float* out,
+                             float* states, const int64_t* slots, float* state, float* k_recent, float* v_recent,
+                             int64_t sequences, int64_t heads, int64_t dim, int64_t threads) {
+  const std::vector<Task> all = tasks(lengths, sequences, heads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (const Task& task : all) {
+    const int64_t head = task.head, matrix = dim * dim, recent = kChunk * dim;
+    Cache cache{};
+    if (slots) {
+      const int64_t place = slots[task.sequence] * heads + head;
+      cache = {state + place * matrix, k_recent + place * recent, v_recent + place * recent};
+    }
+    forward(x + task.first_token * x_row + head * 3 * dim, x_row, task.length, dim, {decays + head * kDecayTable},
+            out + (task.first_token * heads + head) * dim, heads * dim,
+            states ? states + (task.first_chunk * heads + head) * matrix : nullptr, heads * matrix,
+            slots ? &cache : nullptr);
+  }
+}
+
+// rows: each token's row in its chunk. Sequence b has place b in the caches.
+void cispo_lightning_decode(const float* x, int64_t x_row, const int64_t* rows, const float* decays, float* out,
+                            float* state, float* k_recent, float* v_recent, int64_t sequences, int64_t heads, int64_t dim,
+                            int64_t threads) {
+  const int64_t units = sequences * heads, matrix = dim * dim, recent = kChunk * dim;
+#pragma omp parallel for schedule(dynamic, 8) num_threads(std::min(threads, (units + 7) / 8))
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const int64_t sequence = unit / heads, head = unit % heads;
+    decode(x + sequence * x_row + head * 3 * dim, rows[sequence], dim, {decays + head * kDecayTable},
+           {state + unit * matrix, k_recent + unit * recent, v_recent + unit * recent}, out + unit * dim);
+  }
+}
+}

@@ -1,0 +1,122 @@
+"""Lightning attention's CPU kernels (kernels/cpu/lightning.cpp, lightning_gradient.cpp), for float32 and whole lanes.
+
+The arithmetic of a token in row i of its chunk is one and the same in training, prefill and decode. With fma rounded
+once, every chain of fma from 0 and in the order given, and M, lq, lk, lam the float32 decays of
+cispo.kernels.lightning_attention:
+
+    q, k, v = x * (1 / (1 + exp(-x)))            of the projections x
+    p_j = (chain over d of q_d k_jd) * M_ij      for j = 0 .. i
+    o_d = fma(lq_i, chain over e of q_e S_ed, chain over j of p_j v_jd)
+    S_de = fma(lam, S_de, chain over j of (lk_j * k_jd) v_je)             after row 63
+
+Training sums over a few keys past the query too; their p is 0 and changes nothing. The backward sums in an order of its
+own, the same at every number of threads.
+
+N packed tokens, M chunks, B sequences, S slots, H heads, C = 64 rows of a chunk, D head dim, T = 3 C constants of a
+head, I = 3 H D, J = H D.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cispo.kernels.chunks import CHUNK_LENGTH
+from cispo.kernels.cpu_library import CpuFunction
+
+_LANES = 16
+_MAXIMUM_DIM = 128
+
+_forward = CpuFunction("lightning_forward", "pippppppppiiii")
+_backward = CpuFunction("lightning_backward", "pipppppiiii")
+_decode = CpuFunction("lightning_decode", "pippppppiiii")
+
+
+def takes(head_dim: int) -> bool:
+    """Whether the kernels take heads of this dim."""
+    return head_dim % _LANES == 0 and 0 < head_dim <= _MAXIMUM_DIM
+
+
+def _rows(qkv_NI: Tensor) -> Tensor:
+    return qkv_NI if qkv_NI.stride(1) == 1 else qkv_NI.contiguous()
+
+
+def _attention(
+    qkv_NI: Tensor,
+    table_HT: Tensor,
+    lengths_B: Tensor,
+    states_MHDD: Tensor | None = None,
+    slot_B: Tensor | None = None,
+    caches: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+) -> Tensor:
+    rows, heads = qkv_NI.shape[0], table_HT.shape[0]
+    inner = qkv_NI.shape[1] // 3
+    out_NJ = torch.empty(rows, inner)
+    sizes = lengths_B.numel(), heads, inner // heads, torch.get_num_threads()
+    _forward(qkv_NI, qkv_NI.stride(0), lengths_B, table_HT, out_NJ, states_MHDD, slot_B, *caches, *sizes)
+    return out_NJ
+
+
+class _CpuLightning(torch.autograd.Function):
+    """Keeps the states before the chunks; SiLU and the scores are worked out again."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_NI: Tensor, table_HT: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        heads, lengths_B = table_HT.shape[0], torch.tensor(lengths)
+        dim = qkv_NI.shape[1] // (3 * heads)
+        chunks = sum(-(-length // CHUNK_LENGTH) for length in lengths)
+        states_MHDD = torch.empty(chunks, heads, dim, dim)
+        ctx.save_for_backward(qkv_NI, table_HT, lengths_B, states_MHDD)
+        return _attention(qkv_NI, table_HT, lengths_B, states_MHDD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_NI, table_HT, lengths_B, states_MHDD = ctx.saved_tensors
+        dout_NJ = gradients[0].contiguous()
+        dqkv_NI = torch.empty(qkv_NI.shape)
+        sizes = lengths_B.numel(), *states_MHDD.shape[1:3], torch.get_num_threads()
+        _backward(qkv_NI, qkv_NI.stride(0), lengths_B, table_HT, states_MHDD, dout_NJ, dqkv_NI, *sizes)
+        return dqkv_NI, None, None
+
+
+_differentiable: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor] = _CpuLightning.apply
+
+
+def attention(qkv_NI: Tensor, table_HT: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """float32 [N, J] of packed sequences of these lengths. table_HT: `Decays.table_HT`."""
+    qkv_NI = _rows(qkv_NI)
+    if torch.is_grad_enabled() and qkv_NI.requires_grad:
+        return _differentiable(qkv_NI, table_HT, lengths)
+    return _attention(qkv_NI, table_HT, torch.tensor(lengths))
+
+
+def prefill(
+    qkv_NI: Tensor,
+    table_HT: Tensor,
+    lengths: tuple[int, ...],
+    slot_B: Tensor,
+    state_SHDD: Tensor,
+    k_recent_SHDC: Tensor,
+    v_recent_SHCD: Tensor,
+) -> Tensor:
+    """`attention`, and in the slots slot_B (int64) of contiguous caches what `decode` goes on from."""
+    caches = (state_SHDD, k_recent_SHDC, v_recent_SHCD)
+    return _attention(_rows(qkv_NI), table_HT, torch.tensor(lengths), None, slot_B, caches)
+
+
+def decode(
+    qkv_BI: Tensor, table_HT: Tensor, row_B: Tensor, state_SHDD: Tensor, k_recent_SHDC: Tensor, v_recent_SHCD: Tensor
+) -> Tensor:
+    """float32 [B, J] of one token for each of the slots 0 .. B - 1, in row row_B (int64) of its chunk.
+
+    Reads of the recent keys and values only the rows up to the token's own.
+    """
+    qkv_BI = _rows(qkv_BI)
+    batch, heads = qkv_BI.shape[0], table_HT.shape[0]
+    inner = qkv_BI.shape[1] // 3
+    out_BJ = torch.empty(batch, inner)
+    caches = state_SHDD, k_recent_SHDC, v_recent_SHCD
+    sizes = batch, heads, inner // heads, torch.get_num_threads()
+    _decode(qkv_BI, qkv_BI.stride(0), row_B, table_HT, out_BJ, *caches, *sizes)
+    return out_BJ
