@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cispo.kernels.chunks import ChunkGrid, chunk_grid
 from cispo.kernels.experts import route, swiglu_experts, swiglu_experts_dense
 from cispo.kernels.head_loss import head_logits
+from cispo.kernels.norm import residual_norm, rms_norm
 from cispo.kernels.product import product
 from cispo.model.cache import DecodeCache, DecodeStep, PrefillTarget, State
 from cispo.model.config import LIGHTNING, ModelConfig
@@ -42,7 +43,11 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """A token mixer and a channel mixer, each on the normalised stream."""
+    """A token mixer and a channel mixer, each on the normalised stream.
+
+    Rows come in normalised by this layer's mixer_norm and leave normalised by `next_norm`, that of the next layer or
+    the final one: a residual is only ever read through a norm, so both are computed in one pass.
+    """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -57,21 +62,23 @@ class Layer(nn.Module):
         self.experts = Experts(config)
 
     def forward(
-        self, h_ND: Tensor, rotary: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
+        self,
+        x_ND: Tensor,
+        rotary: Tensor,
+        grid: ChunkGrid,
+        state: State | None,
+        target: PrefillTarget | None,
+        next_norm: Tensor,
     ) -> Tensor:
-        x_ND = F.rms_norm(h_ND, self.mixer_norm.shape, self.mixer_norm, self.epsilon)
-        return self._channel_mix(x_ND, self.mixer(x_ND, rotary, grid, state, target))
+        return self._channel_mix(x_ND, self.mixer(x_ND, rotary, grid, state, target), next_norm)
 
-    def decode(self, h_BD: Tensor, rotary: Tensor, step: DecodeStep, state: State) -> Tensor:
-        x_BD = F.rms_norm(h_BD, self.mixer_norm.shape, self.mixer_norm, self.epsilon)
-        mixed_BD: Tensor = self.mixer.decode(x_BD, rotary, step, state)
-        return self._channel_mix(x_BD, mixed_BD)
+    def decode(self, x_BD: Tensor, rotary: Tensor, step: DecodeStep, state: State, next_norm: Tensor) -> Tensor:
+        return self._channel_mix(x_BD, self.mixer.decode(x_BD, rotary, step, state), next_norm)
 
-    def _channel_mix(self, x_ND: Tensor, mixed_ND: Tensor) -> Tensor:
-        h_ND = self.mixer_alpha * x_ND + self.mixer_beta * mixed_ND
-        x_ND = F.rms_norm(h_ND, self.expert_norm.shape, self.expert_norm, self.epsilon)
+    def _channel_mix(self, x_ND: Tensor, mixed_ND: Tensor, next_norm: Tensor) -> Tensor:
+        x_ND = residual_norm(x_ND, mixed_ND, self.mixer_alpha, self.mixer_beta, self.expert_norm, self.epsilon)
         chosen_ND: Tensor = self.experts(x_ND)
-        return self.expert_alpha * x_ND + self.expert_beta * chosen_ND
+        return residual_norm(x_ND, chosen_ND, self.expert_alpha, self.expert_beta, next_norm, self.epsilon)
 
 
 class Decoder(nn.Module):
@@ -118,19 +125,25 @@ class Decoder(nn.Module):
         """
         grid = chunk_grid(cu_seqlens.diff().tolist(), ids_N.device)
         rotary = self._rotary(max(grid.lengths)).index_select(0, positions_N)
-        h_ND = F.embedding(ids_N, self.embedding)
-        for index, layer in enumerate(self.layers):
-            h_ND = layer(h_ND, rotary, grid, cache.layers[index] if cache else None, target)
-        return F.rms_norm(h_ND, self.final_norm.shape, self.final_norm, self.config.norm_epsilon)
+        first_norm, *next_norms = self._norms()
+        x_ND = rms_norm(F.embedding(ids_N, self.embedding), first_norm, self.config.norm_epsilon)
+        for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+            x_ND = layer(x_ND, rotary, grid, cache.layers[index] if cache else None, target, next_norm)
+        return x_ND
 
     def decode(self, ids_B: Tensor, step: DecodeStep, cache: DecodeCache) -> Tensor:
         """Hidden state of one more token of each sequence in slots 0 .. B - 1; [B, D]."""
         rotary = self._rotary(step.positions).index_select(0, step.position_B)
-        h_BD = F.embedding(ids_B, self.embedding)
-        for index, layer in enumerate(self.layers):
+        first_norm, *next_norms = self._norms()
+        x_BD = rms_norm(F.embedding(ids_B, self.embedding), first_norm, self.config.norm_epsilon)
+        for layer, state, next_norm in zip(self.layers, cache.layers, next_norms, strict=True):
             assert isinstance(layer, Layer)
-            h_BD = layer.decode(h_BD, rotary, step, cache.layers[index])
-        return F.rms_norm(h_BD, self.final_norm.shape, self.final_norm, self.config.norm_epsilon)
+            x_BD = layer.decode(x_BD, rotary, step, state, next_norm)
+        return x_BD
+
+    def _norms(self) -> list[Tensor]:
+        """The norms that the rows of each layer come in with, and the final one."""
+        return [*(layer.mixer_norm for layer in self.layers if isinstance(layer, Layer)), self.final_norm]
 
     def _rotary(self, positions: int) -> Tensor:
         """The rotary table of at least so many positions; it is kept, and doubled when it is too short."""
