@@ -9,7 +9,6 @@ N packed tokens, B sequences, D model width, H heads, K key heads, A head dim.
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
@@ -20,7 +19,7 @@ from cispo.kernels.lightning_attention import (
     lightning_decode,
     lightning_prefill,
 )
-from cispo.kernels.pointwise import sigmoid
+from cispo.kernels.norm import gated_norm
 from cispo.kernels.product import product
 from cispo.kernels.softmax_attention import softmax_attention, softmax_decode
 from cispo.model.cache import DecodeStep, PrefillTarget, State, StateSpec
@@ -86,8 +85,8 @@ class LightningMixer(nn.Module):
         return qkv_NI, gate_NI
 
     def _finish(self, out_NHA: Tensor, gate_NI: Tensor) -> Tensor:
-        normed = F.rms_norm(out_NHA.flatten(1).to(gate_NI.dtype), self.norm.shape, self.norm, _LIGHTNING_NORM_EPSILON)
-        return product(sigmoid(gate_NI) * normed, self.out)
+        out_NI = out_NHA.flatten(1).to(gate_NI.dtype)
+        return product(gated_norm(out_NI, gate_NI, self.norm, _LIGHTNING_NORM_EPSILON), self.out)
 
     def forward(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
