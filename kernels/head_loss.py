@@ -7,6 +7,7 @@ logits:
     loss = -sum_n c_n logprob_n        dloss/dlogit_nv = -c_n (1[v = target_n] - p_nv) / temperature
 
 Logits and everything after them are float32. Rows are computed in blocks; a row's values do not depend on its block.
+On CPU cispo.kernels.head_cpu does all of that in float32, and sampling takes its logprobs from the same place.
 
 N rows, V vocabulary, D model width, C rows of one block.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cispo.kernels import head_cpu
 from cispo.kernels.product import product
 
 BLOCK_ROWS = 2048
@@ -64,6 +66,8 @@ def head_logprobs(
 
     hidden_ND: final hidden states. weight_VD: LM head. targets_N: int64 token ids. temperature: > 0.
     """
+    if head_cpu.serves(hidden_ND, weight_VD):
+        return head_cpu.head_logprobs(hidden_ND, weight_VD, targets_N, temperature)
     logprob_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
     entropy_N = torch.empty_like(logprob_N)
     for rows in _blocks(hidden_ND.shape[0]):
@@ -120,6 +124,11 @@ def head_policy_loss(
     hidden_ND: final hidden states, one row a loss token. weight_VD: LM head. targets_N: int64 token ids.
     coefficients: called once a block, in order, on detached float32 logprobs. temperature: > 0.
     """
-    apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _HeadPolicyLoss.apply
-    loss, logprob_N, entropy_N = apply(hidden_ND, weight_VD, targets_N, coefficients, temperature)
+    if head_cpu.serves(hidden_ND, weight_VD):
+        blocks = _blocks(hidden_ND.shape[0])
+        outputs = head_cpu.head_policy_loss(hidden_ND, weight_VD, targets_N, coefficients, temperature, blocks)
+    else:
+        apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _HeadPolicyLoss.apply
+        outputs = apply(hidden_ND, weight_VD, targets_N, coefficients, temperature)
+    loss, logprob_N, entropy_N = outputs
     return HeadLoss(loss=loss, logprob_N=logprob_N, entropy_N=entropy_N)

@@ -193,10 +193,8 @@ class Engine:
         slots = np.arange(first, self._active)
         position_B = self._sampled_S[slots]
         uniform_B = torch.from_numpy(uniforms(self._key_S[slots], position_B)).to(self._device)
-        temperature_B = self._temperature_S[slots]
-        if np.any(temperature_B != 1.0):
-            logits_BV = logits_BV / torch.from_numpy(temperature_B).to(self._device).unsqueeze(1)
-        ids_B, logprob_B = sample_tokens(logits_BV, uniform_B)
+        temperature_B = torch.from_numpy(self._temperature_S[slots]).to(self._device)
+        ids_B, logprob_B = sample_tokens(logits_BV, uniform_B, temperature_B)
         ids = ids_B.to("cpu").numpy()
         self._ids_ST[slots, position_B] = ids
         self._logprobs_ST[slots, position_B] = logprob_B.to("cpu").numpy()

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cispo.kernels import cpu_library, head_cpu
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -35,12 +37,17 @@ def uniforms(key_B: npt.NDArray[np.uint64], position_B: npt.NDArray[np.int64]) -
     return uniform_B
 
 
-def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, temperature_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Inverse of the distribution function at one uniform number a row.
 
-    logits_BV: float32, already divided by the temperature. uniform_B: float64 in [0, 1).
-    Returns ids_B (int64) and logprob_B (float32), the log-probability of the sampled token over the whole vocabulary.
+    logits_BV: float32. uniform_B: float64 in [0, 1). temperature_B: float32, > 0, divides each row's logits; None is 1.
+    Returns ids_B (int64) and logprob_B (float32), the log-probability of the sampled token over the whole vocabulary;
+    the head divides by the temperature in the same way, so they are the learner's to the last bit.
     """
+    if cpu_library.serves(logits_BV):
+        return head_cpu.sample(logits_BV, uniform_B, temperature_B)
+    if temperature_B is not None:
+        logits_BV = logits_BV / temperature_B.unsqueeze(1)
     logprob_BV = torch.log_softmax(logits_BV, dim=-1)
     cumulative_BV = torch.cumsum(logprob_BV.exp(), dim=-1, dtype=torch.float64)
     threshold_B1 = (uniform_B * cumulative_BV[:, -1]).unsqueeze(1)
