@@ -1,33 +1,53 @@
-"""Causal softmax attention in plain PyTorch, in one order of key tiles in training, prefill and decode.
+"""Causal softmax attention with rotary embedding, in one order of key tiles in training, prefill and decode.
 
 Keys are walked in tiles of 64 from the start of the sequence with the online softmax of FlashAttention (arXiv
 2205.14135, algorithm 1): running row maximum m, running sum l, running output. A query meets the same tiles in the same
 order whether it is one of many in training or alone in decode, so it gets the same bits. Arithmetic is float32.
 
-N packed tokens, M chunks (query and key tiles alike), B sequences, H query heads, K key heads, G = H / K query heads a
-key head, C = 64 rows of a tile, D head dim, P pages of a cache.
+Float32 on CPU goes to the kernels in kernels/cpu (`softmax_cpu`) for head dims that are multiples of 16 up to 128;
+here is their plain-PyTorch twin, for everything else. Both keep keys across, [D, C], in pages and tiles.
+
+N packed tokens, X = (H + 2 K) * D columns of their projection (queries, keys, values), M chunks (query and key tiles
+alike), B sequences, H query heads, K key heads, G = H / K query heads a key head, C = 64 rows of a tile, D head dim,
+R / 2 pairs of rotated dims, P pages of a cache, J pages of a sequence.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cispo.kernels import softmax_cpu
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
-from cispo.kernels.lightning_attention import QUERY_ROWS
+from cispo.kernels.softmax_cpu import Pages
+
+_QUERY_ROWS = 4
+"""Rows that one decoded query is padded to: a single row takes another path through the library's product."""
 
 _Running = tuple[Tensor, Tensor, Tensor]
 
 
-def _absorb_tile(running: _Running, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> _Running:
-    """Take one key tile into (maximum, sum, output) of rows q [X, R, D]; keys [X, C, D]; hidden marks masked scores."""
+def rotate(x_NHD: Tensor, rotary_N2R: Tensor) -> Tensor:
+    """Rotate the first dims of each head by cosines and sines, dim i with i + R / 2; the rest passes through."""
+    half = rotary_N2R.shape[2]
+    cos, sin = rotary_N2R[:, 0].unsqueeze(1), rotary_N2R[:, 1].unsqueeze(1)
+    first, second, rest = x_NHD.float().split([half, half, x_NHD.shape[2] - 2 * half], dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x_NHD.dtype)
+
+
+def _rotated_heads(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 queries (scaled), keys and values, [N, H or K, D]."""
+    qkv = qkv_NX.view(qkv_NX.shape[0], heads + 2 * key_heads, -1)
+    q, k, v = qkv.split([heads, key_heads, key_heads], dim=1)
+    return rotate(q, rotary_N2R).float() * q.shape[2] ** -0.5, rotate(k, rotary_N2R).float(), v.float()
+
+
+def _absorb_tile(running: _Running, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> _Running:
+    """Take one key tile into (maximum, sum, output) of rows q [X, rows, D]; k [X, D, C], v [X, C, D]."""
     maximum, total, out = running
-    scores = torch.bmm(q, k.transpose(1, 2))
-    if hidden is not None:
-        scores = scores.masked_fill_(hidden, float("-inf"))
+    scores = torch.bmm(q, k).masked_fill_(hidden, float("-inf"))
     new_maximum = torch.maximum(maximum, scores.amax(-1, keepdim=True))
     weights = torch.exp(scores.sub_(new_maximum))
     keep = torch.exp(maximum - new_maximum)
@@ -40,7 +60,7 @@ def _empty(q: Tensor) -> _Running:
 
 
 class _SoftmaxAttention(torch.autograd.Function):
-    """On grids: q [M, K, G*C, D] (already scaled), k and v [M, K, C, D]; output as q."""
+    """On grids: q [M, K, G*C, D] (already scaled), k [M, K, D, C], v [M, K, C, D]; output as q."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, grid: ChunkGrid) -> Tensor:
@@ -75,12 +95,12 @@ class _SoftmaxAttention(torch.autograd.Function):
         for j, (queries, keys) in enumerate(grid.steps):
             qj, doutj, lsej, deltaj = (x.index_select(0, queries).flatten(0, 1) for x in (q, dout, logsumexp, delta))
             kj, vj = (x.index_select(0, keys).flatten(0, 1) for x in (k, v))
-            scores = torch.bmm(qj, kj.transpose(1, 2))
+            scores = torch.bmm(qj, kj)
             hidden = _future_mask(grid, queries, j, key_heads, rows)
             weights = torch.exp(scores.masked_fill_(hidden, float("-inf")).sub_(lsej))
             dscores = torch.bmm(doutj, vj.transpose(1, 2)).sub_(deltaj).mul_(weights)
-            dq.index_add_(0, queries, torch.bmm(dscores, kj).view(-1, *q.shape[1:]))
-            dk.index_add_(0, keys, torch.bmm(dscores.transpose(1, 2), qj).view(-1, *k.shape[1:]))
+            dq.index_add_(0, queries, torch.bmm(dscores, kj.transpose(1, 2)).view(-1, *q.shape[1:]))
+            dk.index_add_(0, keys, torch.bmm(qj.transpose(1, 2), dscores).view(-1, *k.shape[1:]))
             dv.index_add_(0, keys, torch.bmm(weights.transpose(1, 2), doutj).view(-1, *v.shape[1:]))
         return dq, dk, dv, None
 
@@ -93,57 +113,72 @@ def _future_mask(grid: ChunkGrid, queries: Tensor, j: int, key_heads: int, rows:
     return is_diagonal[:, None, None] & future_RC
 
 
-def softmax_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, grid: ChunkGrid) -> Tensor:
-    """Causal attention within each packed sequence, scaled by 1/sqrt(D); float32 [N, H, D].
-
-    q_NHD: queries; k_NKD, v_NKD: keys and values of K heads, query head h reads key head h // (H / K).
-    """
-    heads, dim = q_NHD.shape[1:]
-    key_heads = k_NKD.shape[1]
-    q = grid.scatter(q_NHD.float() * dim**-0.5)
-    q = q.view(-1, key_heads, heads // key_heads * CHUNK_LENGTH, dim)
+def _twin_attention(
+    qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid, pages: Pages | None
+) -> Tensor:
+    q, k, v = _rotated_heads(qkv_NX, rotary_N2R, heads, key_heads)
+    dim = q.shape[2]
+    q = grid.scatter(q).view(-1, key_heads, heads // key_heads * CHUNK_LENGTH, dim)
+    k, v = grid.scatter(k).transpose(2, 3).contiguous(), grid.scatter(v)
+    if pages is not None:
+        in_use = torch.arange(pages.table_BJ.shape[1], device=q.device)
+        chunks_B = torch.tensor([-(-length // CHUNK_LENGTH) for length in grid.lengths], device=q.device)
+        written = pages.table_BJ[in_use < chunks_B.unsqueeze(1)]
+        pages.k_PKDC.index_copy_(0, written, k.detach())
+        pages.v_PKCD.index_copy_(0, written, v.detach())
     apply: Callable[..., Tensor] = _SoftmaxAttention.apply
-    out = apply(q, grid.scatter(k_NKD.float()), grid.scatter(v_NKD.float()), grid)
-    return grid.gather(out.view(-1, heads, CHUNK_LENGTH, dim))
+    return grid.gather(apply(q, k, v, grid).view(-1, heads, CHUNK_LENGTH, dim)).flatten(1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DecodeTile:
-    """One key tile of a decode step: its page for each sequence, and what the masks of all softmax layers are.
+def _head_dim(qkv_NX: Tensor, heads: int, key_heads: int) -> int:
+    return qkv_NX.shape[1] // (heads + 2 * key_heads)
 
-    hidden_B11C: True where a key is not before the query, or None if no key is. reached_B1: False for the sequences
-    that end before this tile, or None if none does.
+
+def softmax_attention(
+    qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid, pages: Pages | None = None
+) -> Tensor:
+    """Causal attention within each packed sequence, scaled by 1/sqrt(D); float32 [N, H * D], differentiable in qkv.
+
+    qkv_NX: projections, queries of H heads, then keys and values of K; query head h reads key head h // (H / K).
+    rotary_N2R: cosines and sines of each token's position, float32 [N, 2, R / 2]; see `rotate`. pages: takes the
+    rotated keys and the values of every sequence, for `softmax_decode` to go on from.
     """
+    if softmax_cpu.serves(qkv_NX, rotary_N2R, _head_dim(qkv_NX, heads, key_heads)):
+        return softmax_cpu.attention(qkv_NX, rotary_N2R, heads, key_heads, grid.lengths, pages)
+    return _twin_attention(qkv_NX, rotary_N2R, heads, key_heads, grid, pages)
 
-    page_B: Tensor
-    hidden_B11C: Tensor | None
-    reached_B1: Tensor | None
 
+def softmax_decode(
+    qkv_BX: Tensor, rotary_B2R: Tensor, heads: int, key_heads: int, pages: Pages, position_B: Tensor, active: int
+) -> Tensor:
+    """One more token of each sequence, appended to its pages, against all its keys; float32 [B, H * D].
 
-def softmax_decode(q_BHD: Tensor, k_pages_PKCD: Tensor, v_pages_PKCD: Tensor, tiles: Sequence[DecodeTile]) -> Tensor:
-    """One query for each of B sequences against the pages of its tiles, in order; float32 [B, H, D].
-
-    The query's own key is in its page already.
+    position_B: position of the token, int64; pages.table_BJ reaches the longest sequence at least. Rows from `active`
+    on are idle: their outputs are of no use, and their page (which may be shared by idle rows alone) too.
     """
-    batch, heads, dim = q_BHD.shape
-    key_heads = k_pages_PKCD.shape[1]
+    if softmax_cpu.serves(qkv_BX, rotary_B2R, _head_dim(qkv_BX, heads, key_heads)):
+        return softmax_cpu.decode(qkv_BX, rotary_B2R, heads, key_heads, pages, position_B, active)
+    return _twin_decode(qkv_BX, rotary_B2R, heads, key_heads, pages, position_B)
+
+
+def _twin_decode(
+    qkv_BX: Tensor, rotary_B2R: Tensor, heads: int, key_heads: int, pages: Pages, position_B: Tensor
+) -> Tensor:
+    k_pages, v_pages, table_BJ = pages
+    q, k, v = _rotated_heads(qkv_BX, rotary_B2R, heads, key_heads)
+    batch, dim = q.shape[0], q.shape[2]
+    page_B = table_BJ.gather(1, position_B.unsqueeze(1) // CHUNK_LENGTH).squeeze(1)
+    row_B = position_B % CHUNK_LENGTH
+    k_pages[page_B, :, :, row_B] = k
+    v_pages[page_B, :, row_B] = v
     group = heads // key_heads
-    spare = -group % QUERY_ROWS
-    q = F.pad((q_BHD.float() * dim**-0.5).view(batch * key_heads, group, dim), (0, 0, 0, spare))
+    q = F.pad(q.view(batch * key_heads, group, dim), (0, 0, 0, -group % _QUERY_ROWS))
+    key_C = torch.arange(CHUNK_LENGTH, device=q.device)
     running = _empty(q)
-    for tile in tiles:
-        k, v = (pages.index_select(0, tile.page_B).flatten(0, 1) for pages in (k_pages_PKCD, v_pages_PKCD))
-        hidden = tile.hidden_B11C
-        if hidden is not None:
-            hidden = hidden.expand(-1, key_heads, 1, -1).reshape(-1, 1, CHUNK_LENGTH)
-        updated = _absorb_tile(running, q, k, v, hidden)
-        if tile.reached_B1 is not None:
-            reached = tile.reached_B1.expand(-1, key_heads).reshape(-1, 1, 1)
-            updated = (
-                torch.where(reached, updated[0], running[0]),
-                torch.where(reached, updated[1], running[1]),
-                torch.where(reached, updated[2], running[2]),
-            )
-        running = updated
+    for j in range(table_BJ.shape[1]):
+        k, v = (x.index_select(0, table_BJ[:, j]).flatten(0, 1) for x in (k_pages, v_pages))
+        # A tile past the end of a sequence is hidden whole: weights of zero leave what is there as it is.
+        hidden_BC = key_C + j * CHUNK_LENGTH > position_B.unsqueeze(1)
+        running = _absorb_tile(running, q, k, v, hidden_BC.repeat_interleave(key_heads, 0).unsqueeze(1))
     _, total, out = running
-    return (out / total)[:, :group].reshape(batch, heads, dim)
+    return (out / total)[:, :group].reshape(batch, heads * dim)

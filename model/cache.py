@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from cispo.kernels.chunks import CHUNK_LENGTH
-from cispo.kernels.softmax_attention import DecodeTile
 
 PAGE_LENGTH = CHUNK_LENGTH
 _SCRATCH_PAGE = 0
@@ -48,16 +47,17 @@ class DecodeStep:
     """One token for each of the slots 0 .. B - 1, with what every layer would otherwise work out again.
 
     every_B: 0 .. B - 1. position_B: position of the token. row_B: its row in its chunk. full_rows: sequences whose
-    chunk it completes, or None. tiles: the key tiles up to the longest sequence. write_page_B: page that takes the
-    token. positions: how many positions the longest sequence has. All tensors of indices are int64.
+    chunk it completes, or None. page_BJ: pages of each sequence, up to the longest; it may be a view of the cache's own
+    table, good until the cache changes. active: slots in use; those from here on are idle. positions: how many
+    positions the longest sequence has. All tensors are int64.
     """
 
     every_B: Tensor
     position_B: Tensor
     row_B: Tensor
     full_rows: Tensor | None
-    tiles: tuple[DecodeTile, ...]
-    write_page_B: Tensor
+    page_BJ: Tensor
+    active: int
     positions: int
 
 
@@ -83,6 +83,8 @@ class DecodeCache:
         self._page_SJ: npt.NDArray[np.int64] = np.full(
             (self.capacity, self.pages_per_sequence), _SCRATCH_PAGE, np.int64
         )
+        self._page_table = torch.from_numpy(self._page_SJ)  # the same memory
+        self._every_S = torch.arange(self.capacity, device=device)
         self._page_references: npt.NDArray[np.int64] = np.zeros(pages, np.int64)
         self._free_pages = list(range(pages - 1, _SCRATCH_PAGE, -1))
 
@@ -154,32 +156,19 @@ class DecodeCache:
         batch = -(-active // 4) * 4
         position_B = self._length_S[:batch].copy()
         position_B[active:] = 0
-        tile_B = position_B // PAGE_LENGTH
         row_B = position_B % PAGE_LENGTH
         full = np.nonzero(row_B == PAGE_LENGTH - 1)[0]
         self._length_S[:active] += 1
+        longest = int(position_B.max())
         return DecodeStep(
-            every_B=self._tensor(np.arange(batch)),
-            position_B=self._tensor(position_B),
-            row_B=self._tensor(row_B),
-            full_rows=self._tensor(full) if full.size else None,
-            tiles=tuple(self._decode_tile(j, position_B) for j in range(int(tile_B.max()) + 1)),
-            write_page_B=self._tensor(self._page_SJ[np.arange(batch), tile_B]),
-            positions=int(position_B.max()) + 1,
+            every_B=self._every_S[:batch],
+            position_B=torch.from_numpy(position_B).to(self._device),
+            row_B=torch.from_numpy(row_B).to(self._device),
+            full_rows=torch.from_numpy(full).to(self._device) if full.size else None,
+            page_BJ=self._page_table[:batch, : longest // PAGE_LENGTH + 1].to(self._device),
+            active=active,
+            positions=longest + 1,
         )
-
-    def _decode_tile(self, j: int, position_B: npt.NDArray[np.int64]) -> DecodeTile:
-        key_C = np.arange(j * PAGE_LENGTH, (j + 1) * PAGE_LENGTH)
-        hidden_BC = key_C > position_B[:, None]
-        reached_B = position_B >= key_C[0]
-        return DecodeTile(
-            page_B=self._tensor(self._page_SJ[: len(position_B), j]),
-            hidden_B11C=self._mask(hidden_BC[:, None, None]) if hidden_BC.any() else None,
-            reached_B1=None if reached_B.all() else self._mask(reached_B[:, None]),
-        )
-
-    def _mask(self, values: npt.NDArray[np.bool_]) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
 
     @property
     def pages_in_use(self) -> int:

@@ -22,6 +22,7 @@ from cispo.kernels.lightning_attention import (
 from cispo.kernels.norm import gated_norm
 from cispo.kernels.product import product
 from cispo.kernels.softmax_attention import softmax_attention, softmax_decode
+from cispo.kernels.softmax_cpu import Pages
 from cispo.model.cache import DecodeStep, PrefillTarget, State, StateSpec
 from cispo.model.config import LIGHTNING, ModelConfig
 
@@ -69,7 +70,9 @@ class LightningMixer(nn.Module):
     def decays(self, device: torch.device) -> Decays:
         """Float32 whatever the weights' dtype: rounded decays are wrong decays."""
         if self._decays is None or self._decays.within_HCC.device != device:
-            self._decays = decays(self._slopes_H.to(device))
+            # The engine steps in inference mode, and constants made there could take no part in the learner's backward.
+            with torch.inference_mode(False):
+                self._decays = decays(self._slopes_H.to(device))
         return self._decays
 
     def state_specs(self) -> list[StateSpec]:
@@ -112,14 +115,6 @@ def rotary_table(positions_N: Tensor, rotary_dim: int, theta: float) -> Tensor:
     return torch.stack((angle.cos(), angle.sin()), dim=1)
 
 
-def rotate(x_NHA: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate the first rotary_dim dims of each head (dim i pairs with i + rotary_dim / 2); the rest passes through."""
-    half = rotary.shape[2]
-    cos, sin = rotary[:, 0].unsqueeze(1), rotary[:, 1].unsqueeze(1)
-    first, second, rest = x_NHA.float().split([half, half, x_NHA.shape[2] - 2 * half], dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x_NHA.dtype)
-
-
 class SoftmaxMixer(nn.Module):
     """Grouped-query attention with partial rotary embedding; `qkv` holds the rows of q_proj, k_proj and v_proj."""
 
@@ -131,32 +126,27 @@ class SoftmaxMixer(nn.Module):
         self.out = nn.Parameter(torch.empty(config.hidden_size, config.heads * config.head_dim))
 
     def state_specs(self) -> list[StateSpec]:
-        page = (self.key_heads, CHUNK_LENGTH, self.head_dim)
-        return [StateSpec("k_pages", page, is_paged=True), StateSpec("v_pages", page, is_paged=True)]
-
-    def _project(self, x_ND: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = product(x_ND, self.qkv).view(x_ND.shape[0], -1, self.head_dim)
-        q, k, v = qkv.split([self.heads, self.key_heads, self.key_heads], dim=1)
-        return rotate(q, rotary), rotate(k, rotary), v
+        keys, values = (self.head_dim, CHUNK_LENGTH), (CHUNK_LENGTH, self.head_dim)
+        return [
+            StateSpec("k_pages", (self.key_heads, *keys), is_paged=True),
+            StateSpec("v_pages", (self.key_heads, *values), is_paged=True),
+        ]
 
     def forward(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
     ) -> Tensor:
-        q, k, v = self._project(x_ND, rotary_NA)
+        pages = None
         if state is not None and target is not None:
-            in_use = torch.arange(target.pages_BJ.shape[1], device=x_ND.device)
-            chunks_B = torch.tensor([-(-length // CHUNK_LENGTH) for length in grid.lengths], device=x_ND.device)
-            pages = target.pages_BJ[in_use < chunks_B.unsqueeze(1)]
-            state["k_pages"].index_copy_(0, pages, grid.scatter(k.float()))
-            state["v_pages"].index_copy_(0, pages, grid.scatter(v.float()))
-        return product(softmax_attention(q, k, v, grid).flatten(1).to(x_ND.dtype), self.out)
+            pages = Pages(state["k_pages"], state["v_pages"], target.pages_BJ)
+        qkv = product(x_ND, self.qkv)
+        out = softmax_attention(qkv, rotary_NA, self.heads, self.key_heads, grid, pages)
+        return product(out.to(x_ND.dtype), self.out)
 
     def decode(self, x_BD: Tensor, rotary_BA: Tensor, step: DecodeStep, state: State) -> Tensor:
-        q, k, v = self._project(x_BD, rotary_BA)
-        state["k_pages"][step.write_page_B, :, step.row_B] = k.float()
-        state["v_pages"][step.write_page_B, :, step.row_B] = v.float()
-        out = softmax_decode(q, state["k_pages"], state["v_pages"], step.tiles)
-        return product(out.flatten(1).to(x_BD.dtype), self.out)
+        pages = Pages(state["k_pages"], state["v_pages"], step.page_BJ)
+        qkv = product(x_BD, self.qkv)
+        out = softmax_decode(qkv, rotary_BA, self.heads, self.key_heads, pages, step.position_B, step.active)
+        return product(out.to(x_BD.dtype), self.out)
 
 
 def build_mixer(config: ModelConfig, layer: int) -> LightningMixer | SoftmaxMixer:
