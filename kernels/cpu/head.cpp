@@ -18,7 +18,10 @@ constexpr int64_t kGradientRows = 128;
 constexpr int64_t kLanesASum = 32;              // float32 sums of so many vectors are added in float64
 constexpr int64_t kLogitsForThreads = 1 << 14;  // fewer are done before a second thread wakes up
 
-typedef double DoubleVec __attribute__((vector_size(128)));
+template <int Lanes>
+struct Doubles {
+  typedef double Type __attribute__((vector_size(Lanes * sizeof(double))));
+};
 
 struct Totals {
   float largest;    // z
@@ -57,11 +60,10 @@ inline Totals weigh(const float* logits, int64_t vocabulary, float temperature, 
 }
 
 double double_sum(Vec x) {
-  DoubleVec lanes = __builtin_convertvector(x, DoubleVec);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+  const auto add = [](const auto& a, const auto& b) { return a + b; };
+  const auto eight = fold<Doubles<8>::Type>(__builtin_convertvector(x, Doubles<16>::Type), add);
+  const auto two = fold<Doubles<2>::Type>(fold<Doubles<4>::Type>(eight, add), add);
+  return two[0] + two[1];
 }
 
 // The first token whose cumulative weight exceeds uniform times the whole; always one of positive weight. The vocabulary
