@@ -14,7 +14,7 @@ in plain PyTorch, it is the same operands in the same layout, so the same bits w
 depend on the row count (see cispo.model.arithmetic).
 
 N packed tokens, M chunks, B sequences, S slots, H heads, C = 64 rows of a chunk, D head dim, I = 3 H D projections in
-M1's order (head by head: q, k, v), J = H D outputs.
+M1's order (head by head: q, k, v), J = H D outputs, K = I + J: the projections, then those of the output gate.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from cispo.kernels import cpu_library, lightning_cpu
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
+from cispo.kernels.norm import gated_norm
 from cispo.kernels.pointwise import silu
 
 QUERY_ROWS = 4
@@ -150,6 +151,21 @@ def lightning_attention(qkv_NI: Tensor, slopes: Decays, grid: ChunkGrid) -> Tens
     grids = [grid.scatter(x) for x in _heads(qkv_NI, slopes.table_HT.shape[0])]
     apply: Callable[..., Tensor] = _LightningAttention.apply
     return grid.gather(apply(*grids, grid, slopes)).flatten(1)
+
+
+def gated_lightning_attention(
+    qkv_gate_NK: Tensor, norm_J: Tensor, epsilon: float, slopes: Decays, grid: ChunkGrid
+) -> Tensor:
+    """sigmoid(gate) rms_norm(`lightning_attention`), [N, J] in qkv_gate_NK's dtype: with the bits of the parts.
+
+    norm_J: weight of the norm, in the same dtype; epsilon: its constant. Differentiable in qkv_gate_NK and norm_J.
+    """
+    inner = norm_J.numel()
+    if _is_served(qkv_gate_NK[:, : 3 * inner], slopes) and cpu_library.serves(norm_J):
+        return lightning_cpu.gated_attention(qkv_gate_NK, norm_J, epsilon, slopes.table_HT, grid.lengths)
+    qkv_NI, gate_NJ = qkv_gate_NK.split([3 * inner, inner], dim=1)
+    out_NJ = lightning_attention(qkv_NI, slopes, grid).to(qkv_gate_NK.dtype)
+    return gated_norm(out_NJ, gate_NJ, norm_J, epsilon)
 
 
 def lightning_prefill(

@@ -13,7 +13,7 @@ Training sums over a few keys past the query too; their p is 0 and changes nothi
 own, the same at every number of threads.
 
 N packed tokens, M chunks, B sequences, S slots, H heads, C = 64 rows of a chunk, D head dim, T = 3 C constants of a
-head, I = 3 H D, J = H D.
+head, I = 3 H D projections, J = H D outputs, K = 4 H D: the projections and then the output gate's.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cispo.kernels import norm_cpu
 from cispo.kernels.chunks import CHUNK_LENGTH
 from cispo.kernels.cpu_library import CpuFunction
 
@@ -29,7 +30,7 @@ _LANES = 16
 _MAXIMUM_DIM = 128
 
 _forward = CpuFunction("lightning_forward", "pippppppppiiii")
-_backward = CpuFunction("lightning_backward", "pipppppiiii")
+_backward = CpuFunction("lightning_backward", "pipppppiiiii")
 _decode = CpuFunction("lightning_decode", "pippppppiiii")
 
 
@@ -58,37 +59,87 @@ def _attention(
     return out_NJ
 
 
-class _CpuLightning(torch.autograd.Function):
-    """Keeps the states before the chunks; SiLU and the scores are worked out again."""
+def _new_states(qkv_NI: Tensor, table_HT: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Room for the state before every chunk, [M, H, D, D]: with it the backward works SiLU and the scores out again."""
+    heads = table_HT.shape[0]
+    dim = qkv_NI.shape[1] // (3 * heads)
+    return torch.empty(sum(-(-length // CHUNK_LENGTH) for length in lengths), heads, dim, dim)
 
+
+def _gradient(
+    qkv_NI: Tensor, table_HT: Tensor, lengths_B: Tensor, states_MHDD: Tensor, dout_NJ: Tensor, dqkv_NI: Tensor
+) -> None:
+    sizes = lengths_B.numel(), *states_MHDD.shape[1:3], torch.get_num_threads()
+    inputs = qkv_NI, qkv_NI.stride(0), lengths_B, table_HT, states_MHDD, dout_NJ
+    _backward(*inputs, dqkv_NI, dqkv_NI.stride(0), *sizes)
+
+
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_NI: Tensor, table_HT: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        heads, lengths_B = table_HT.shape[0], torch.tensor(lengths)
-        dim = qkv_NI.shape[1] // (3 * heads)
-        chunks = sum(-(-length // CHUNK_LENGTH) for length in lengths)
-        states_MHDD = torch.empty(chunks, heads, dim, dim)
+        lengths_B, states_MHDD = torch.tensor(lengths), _new_states(qkv_NI, table_HT, lengths)
         ctx.save_for_backward(qkv_NI, table_HT, lengths_B, states_MHDD)
         return _attention(qkv_NI, table_HT, lengths_B, states_MHDD)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         qkv_NI, table_HT, lengths_B, states_MHDD = ctx.saved_tensors
-        dout_NJ = gradients[0].contiguous()
         dqkv_NI = torch.empty(qkv_NI.shape)
-        sizes = lengths_B.numel(), *states_MHDD.shape[1:3], torch.get_num_threads()
-        _backward(qkv_NI, qkv_NI.stride(0), lengths_B, table_HT, states_MHDD, dout_NJ, dqkv_NI, *sizes)
+        _gradient(qkv_NI, table_HT, lengths_B, states_MHDD, gradients[0].contiguous(), dqkv_NI)
         return dqkv_NI, None, None
 
 
-_differentiable: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor] = _CpuLightning.apply
+class _GatedAttention(torch.autograd.Function):
+    """Attention, norm and gate at once, so that both gradients go into one buffer and nothing joins them later."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv_gate_NK: Tensor, norm_J: Tensor, epsilon: float, table_HT: Tensor, lengths: tuple[int, ...]
+    ) -> Tensor:
+        inner = norm_J.numel()
+        qkv_NI, gate_NJ = qkv_gate_NK[:, : 3 * inner], qkv_gate_NK[:, 3 * inner :]
+        lengths_B, states_MHDD = torch.tensor(lengths), _new_states(qkv_NI, table_HT, lengths)
+        out_NJ = _attention(qkv_NI, table_HT, lengths_B, states_MHDD)
+        ctx.save_for_backward(qkv_gate_NK, norm_J, out_NJ, table_HT, lengths_B, states_MHDD)
+        ctx.epsilon = epsilon
+        return norm_cpu.gated_norm(out_NJ, gate_NJ, norm_J, epsilon)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_gate_NK, norm_J, out_NJ, table_HT, lengths_B, states_MHDD = ctx.saved_tensors
+        qkv_columns = 3 * norm_J.numel()
+        dqkv_gate_NK = torch.empty_like(qkv_gate_NK)
+        qkv_NI, gate_NJ = qkv_gate_NK[:, :qkv_columns], qkv_gate_NK[:, qkv_columns:]
+        dqkv_NI, dgate_NJ = dqkv_gate_NK[:, :qkv_columns], dqkv_gate_NK[:, qkv_columns:]
+        dnormed_NJ = gradients[0].contiguous()
+        dout_NJ, dnorm_J = norm_cpu.gated_norm_gradient(dnormed_NJ, out_NJ, gate_NJ, norm_J, ctx.epsilon, dgate_NJ)
+        _gradient(qkv_NI, table_HT, lengths_B, states_MHDD, dout_NJ, dqkv_NI)
+        return dqkv_gate_NK, dnorm_J, None, None, None
+
+
+_differentiable_attention: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor] = _Attention.apply
+_differentiable_gated_attention: Callable[[Tensor, Tensor, float, Tensor, tuple[int, ...]], Tensor] = (
+    _GatedAttention.apply
+)
 
 
 def attention(qkv_NI: Tensor, table_HT: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """float32 [N, J] of packed sequences of these lengths. table_HT: `Decays.table_HT`."""
     qkv_NI = _rows(qkv_NI)
     if torch.is_grad_enabled() and qkv_NI.requires_grad:
-        return _differentiable(qkv_NI, table_HT, lengths)
+        return _differentiable_attention(qkv_NI, table_HT, lengths)
     return _attention(qkv_NI, table_HT, torch.tensor(lengths))
+
+
+def gated_attention(
+    qkv_gate_NK: Tensor, norm_J: Tensor, epsilon: float, table_HT: Tensor, lengths: tuple[int, ...]
+) -> Tensor:
+    """sigmoid(gate) rms_norm(attention), float32 [N, J], of the projections of both; `norm_cpu.gated_norm`'s bits."""
+    qkv_gate_NK, norm_J = qkv_gate_NK.contiguous(), norm_J.contiguous()
+    if torch.is_grad_enabled():
+        return _differentiable_gated_attention(qkv_gate_NK, norm_J, epsilon, table_HT, lengths)
+    qkv_NI, gate_NJ = qkv_gate_NK.split([3 * norm_J.numel(), norm_J.numel()], dim=1)
+    return norm_cpu.gated_norm(_attention(qkv_NI, table_HT, torch.tensor(lengths)), gate_NJ, norm_J, epsilon)
 
 
 def prefill(

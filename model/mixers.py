@@ -15,7 +15,7 @@ from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
 from cispo.kernels.lightning_attention import (
     Decays,
     decays,
-    lightning_attention,
+    gated_lightning_attention,
     lightning_decode,
     lightning_prefill,
 )
@@ -82,27 +82,26 @@ class LightningMixer(nn.Module):
             StateSpec("v_recent", (self.heads, CHUNK_LENGTH, self.head_dim), is_paged=False),
         ]
 
-    def _project(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, qkv_gate: Tensor) -> tuple[Tensor, Tensor]:
         inner = self.heads * self.head_dim
-        qkv_NI, gate_NI = product(x_ND, self.qkv_gate).split([3 * inner, inner], dim=-1)
-        return qkv_NI, gate_NI
+        qkv, gate = qkv_gate.split([3 * inner, inner], dim=-1)
+        return qkv, gate
 
-    def _finish(self, out_NHA: Tensor, gate_NI: Tensor) -> Tensor:
-        out_NI = out_NHA.flatten(1).to(gate_NI.dtype)
-        return product(gated_norm(out_NI, gate_NI, self.norm, _LIGHTNING_NORM_EPSILON), self.out)
+    def _finish(self, out: Tensor, gate: Tensor) -> Tensor:
+        return product(gated_norm(out.to(gate.dtype), gate, self.norm, _LIGHTNING_NORM_EPSILON), self.out)
 
     def forward(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
     ) -> Tensor:
-        qkv, gate = self._project(x_ND)
-        slopes = self.decays(x_ND.device)
+        qkv_gate, slopes = product(x_ND, self.qkv_gate), self.decays(x_ND.device)
         if state is not None and target is not None:
+            qkv, gate = self._split(qkv_gate)
             caches = state["state"], state["k_recent"], state["v_recent"]
             return self._finish(lightning_prefill(qkv, slopes, grid, target.slot_B, *caches), gate)
-        return self._finish(lightning_attention(qkv, slopes, grid), gate)
+        return product(gated_lightning_attention(qkv_gate, self.norm, _LIGHTNING_NORM_EPSILON, slopes, grid), self.out)
 
     def decode(self, x_BD: Tensor, rotary_BA: Tensor, step: DecodeStep, state: State) -> Tensor:
-        qkv, gate = self._project(x_BD)
+        qkv, gate = self._split(product(x_BD, self.qkv_gate))
         caches = state["state"], state["k_recent"], state["v_recent"]
         slopes = self.decays(x_BD.device)
         return self._finish(lightning_decode(qkv, slopes, step.every_B, step.row_B, step.full_rows, *caches), gate)

@@ -41,9 +41,12 @@ void forward(const float* x, int64_t x_row, int64_t length, int64_t dim, Decays 
   const float* state = nullptr;
   for (int64_t begin = 0; begin < length; begin += kChunk, x += kChunk * x_row, out += kChunk * out_row) {
     const int64_t n = std::min(kChunk, length - begin);
-    load_silu(x, x_row, n, dim, own.q);
-    load_silu(x + dim, x_row, n, dim, own.k);
-    load_silu(x + 2 * dim, x_row, n, dim, own.v);
+    const bool is_last = begin + n == length;
+    // From these rows to those read next: the next chunk's, or the next head's first.
+    const int64_t ahead = is_last ? 3 * dim - begin * x_row : kChunk * x_row;
+    load_silu(x, x_row, n, dim, ahead, own.q);
+    load_silu(x + dim, x_row, n, dim, ahead, own.k);
+    load_silu(x + 2 * dim, x_row, n, dim, ahead, own.v);
     transpose(round_up(n, kLanes), dim, own.k, kRow, own.k_transposed, kChunk);
     multiply<kRow, 1>(n, own.q, own.k_transposed, kChunk, earlier_keys(dim), [&](int64_t i, int64_t j, Vec score) {
       store(own.scores + i * kChunk + j, score * decay.within(i, j));
@@ -56,7 +59,6 @@ void forward(const float* x, int64_t x_row, int64_t length, int64_t dim, Decays 
         if (i < n) store(out + i * out_row + d, fma(fill(decay.query(i)), carried, load(out + i * out_row + d)));
       });
     }
-    const bool is_last = begin + n == length;
     if (n == kChunk && (!is_last || cache)) {
       float* after = is_last ? cache->state : states ? states + (begin / kChunk + 1) * states_chunk : own.state;
       add_chunk(own.k_transposed, own.v, kRow, dim, decay, state, after);
@@ -100,7 +102,8 @@ void cispo_lightning_forward(const float* x, int64_t x_row, const int64_t* lengt
                              float* states, const int64_t* slots, float* state, float* k_recent, float* v_recent,
                              int64_t sequences, int64_t heads, int64_t dim, int64_t threads) {
   const std::vector<Task> all = tasks(lengths, sequences, heads);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  const int64_t at_a_time = tasks_at_a_time(static_cast<int64_t>(all.size()), heads, threads);
+#pragma omp parallel for schedule(dynamic, at_a_time) num_threads(threads)
   for (const Task& task : all) {
     const int64_t head = task.head, matrix = dim * dim, recent = kChunk * dim;
     Cache cache{};
@@ -117,8 +120,8 @@ void cispo_lightning_forward(const float* x, int64_t x_row, const int64_t* lengt
 
 // rows: each token's row in its chunk. Sequence b has place b in the caches.
 void cispo_lightning_decode(const float* x, int64_t x_row, const int64_t* rows, const float* decays, float* out,
-                            float* state, float* k_recent, float* v_recent, int64_t sequences, int64_t heads, int64_t dim,
-                            int64_t threads) {
+                            float* state, float* k_recent, float* v_recent, int64_t sequences, int64_t heads,
+                            int64_t dim, int64_t threads) {
   const int64_t units = sequences * heads, matrix = dim * dim, recent = kChunk * dim;
 #pragma omp parallel for schedule(dynamic, 8) num_threads(std::min(threads, (units + 7) / 8))
   for (int64_t unit = 0; unit < units; ++unit) {

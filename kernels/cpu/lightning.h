@@ -122,10 +122,13 @@ inline void transpose(int64_t rows, int64_t columns, const float* from, int64_t 
   }
 }
 
-// SiLU of n rows of x into a local matrix; slope, where given, takes the derivative.
-inline void load_silu(const float* x, int64_t x_row, int64_t n, int64_t dim, float* value, float* slope = nullptr) {
+// SiLU of n rows of x into a local matrix; slope, where given, takes the derivative. Asks for what lies `ahead`, the
+// rows that will be read next: they are far apart, and no processor guesses them.
+inline void load_silu(const float* x, int64_t x_row, int64_t n, int64_t dim, int64_t ahead, float* value,
+                      float* slope = nullptr) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t d = 0; d < dim; d += kLanes) {
+      __builtin_prefetch(x + i * x_row + d + ahead, 0, 2);
       const Vec in = load(x + i * x_row + d), gate = sigmoid(in);
       store(value + i * kRow + d, in * gate);
       if (slope) store(slope + i * kRow + d, gate * fma(in, fill(1.0f) - gate, fill(1.0f)));
@@ -158,6 +161,12 @@ inline std::vector<Task> tasks(const int64_t* lengths, int64_t sequences, int64_
   }
   std::stable_sort(all.begin(), all.end(), [](const Task& a, const Task& b) { return a.length > b.length; });
   return all;
+}
+
+// Tasks that a thread takes at a time: a sequence's heads lie side by side in memory, so all of them if there is enough
+// for every thread.
+inline int64_t tasks_at_a_time(int64_t tasks, int64_t heads, int64_t threads) {
+  return std::clamp<int64_t>(tasks / (4 * threads), 1, heads);
 }
 
 }  // namespace cispo::lightning

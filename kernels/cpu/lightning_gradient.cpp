@@ -18,13 +18,19 @@ struct alignas(64) Backward {
   float after[kMaximumDim * kMaximumDim], square[kMaximumDim * kMaximumDim];
 };
 
-void load_rows(const float* from, int64_t row, int64_t n, int64_t dim, float* to) {
-  for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * kRow, from + i * row, dim * sizeof(float));
+void load_rows(const float* from, int64_t row, int64_t n, int64_t dim, int64_t ahead, float* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      __builtin_prefetch(from + i * row + d + ahead, 0, 2);
+      store(to + i * kRow + d, load(from + i * row + d));
+    }
+  }
   for (int64_t i = n; i < round_up(n, kLanes); ++i) std::memset(to + i * kRow, 0, dim * sizeof(float));
 }
 
 // out = (A B^T) . M for the rows of a chunk, up to the diagonal.
-void causal_products(const float* a, const float* b, int64_t n, int64_t dim, Decays decay, float* transposed, float* out) {
+void causal_products(const float* a, const float* b, int64_t n, int64_t dim, Decays decay, float* transposed,
+                     float* out) {
   transpose(round_up(n, kLanes), dim, b, kRow, transposed, kChunk);
   multiply<kRow, 1>(n, a, transposed, kChunk, earlier_keys(dim), [=](int64_t i, int64_t j, Vec x) {
     store(out + i * kChunk + j, x * decay.within(i, j));
@@ -55,10 +61,14 @@ void backward(const float* x, int64_t x_row, const float* dout, int64_t dout_row
     const int64_t begin = chunk * kChunk, n = std::min(kChunk, length - begin);
     const float* from = x + begin * x_row;
     float* to = dx + begin * dx_row;
-    load_silu(from, x_row, n, dim, own.q, own.q_slope);
-    load_silu(from + dim, x_row, n, dim, own.k, own.k_slope);
-    load_silu(from + 2 * dim, x_row, n, dim, own.v, own.v_slope);
-    load_rows(dout + begin * dout_row, dout_row, n, dim, own.dout);
+    // From these rows to those read next: the chunk's before, or the next head's last ones.
+    const auto ahead = [=](int64_t head, int64_t row) {
+      return is_first ? head + (chunks - 1) * kChunk * row : -kChunk * row;
+    };
+    load_silu(from, x_row, n, dim, ahead(3 * dim, x_row), own.q, own.q_slope);
+    load_silu(from + dim, x_row, n, dim, ahead(3 * dim, x_row), own.k, own.k_slope);
+    load_silu(from + 2 * dim, x_row, n, dim, ahead(3 * dim, x_row), own.v, own.v_slope);
+    load_rows(dout + begin * dout_row, dout_row, n, dim, ahead(dim, dout_row), own.dout);
     causal_products(own.q, own.k, n, dim, decay, own.transposed, own.p);
     causal_products(own.dout, own.v, n, dim, decay, own.transposed, own.dp);
 
@@ -96,18 +106,19 @@ void backward(const float* x, int64_t x_row, const float* dout, int64_t dout_row
 
 extern "C" {
 
-// dout [N, H D], states as the forward left them, dx [N, 3 H D] in x's order.
+// dout [N, H D], states as the forward left them, dx in x's order.
 void cispo_lightning_backward(const float* x, int64_t x_row, const int64_t* lengths, const float* decays,
-                              const float* states, const float* dout, float* dx, int64_t sequences, int64_t heads,
-                              int64_t dim, int64_t threads) {
+                              const float* states, const float* dout, float* dx, int64_t dx_row, int64_t sequences,
+                              int64_t heads, int64_t dim, int64_t threads) {
   const std::vector<Task> all = tasks(lengths, sequences, heads);
+  const int64_t at_a_time = tasks_at_a_time(static_cast<int64_t>(all.size()), heads, threads);
   const int64_t inner = heads * dim;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, at_a_time) num_threads(threads)
   for (const Task& task : all) {
     const int64_t head = task.head, token = task.first_token;
     backward(x + token * x_row + head * 3 * dim, x_row, dout + token * inner + head * dim, inner, task.length, dim,
              {decays + head * kDecayTable}, states + (task.first_chunk * heads + head) * dim * dim, inner * dim,
-             dx + token * 3 * inner + head * 3 * dim, 3 * inner);
+             dx + token * dx_row + head * 3 * dim, dx_row);
   }
 }
 }

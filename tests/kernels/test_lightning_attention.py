@@ -8,7 +8,15 @@ from torch import Tensor
 
 from cispo.kernels import cpu_library
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid, chunk_grid
-from cispo.kernels.lightning_attention import Decays, decays, lightning_attention, lightning_decode, lightning_prefill
+from cispo.kernels.lightning_attention import (
+    Decays,
+    decays,
+    gated_lightning_attention,
+    lightning_attention,
+    lightning_decode,
+    lightning_prefill,
+)
+from cispo.kernels.norm import gated_norm
 
 LENGTHS = [[5, 64, 130, 1, 70], [128], [63, 65], [200, 3]]
 SLOPES_H = torch.tensor([0.917, 0.25, 0.06, 0.004])
@@ -134,6 +142,27 @@ def test_neither_threads_nor_gradients_nor_strides_change_a_bit() -> None:
             assert all(map(torch.equal, gradient_and_out(qkv, slopes, lengths), wanted))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("is_twin", [False, True])
+def test_gated_attention_equals_its_parts(is_twin: bool, use_twin: OnTwin) -> None:
+    if is_twin:
+        use_twin()
+    lengths, inner, slopes = [70, 3, 128], HEADS * 32, decays(SLOPES_H)
+    leaves = [random(sum(lengths), 4 * inner), 1 + 0.1 * random(inner, seed=1)]
+    weight = random(sum(lengths), inner, seed=2)
+    results = []
+    for is_whole in (True, False):
+        qkv_gate, norm = (leaf.detach().requires_grad_() for leaf in leaves)
+        if is_whole:
+            out = gated_lightning_attention(qkv_gate, norm, 1e-6, slopes, grid_of(lengths))
+        else:
+            qkv, gate = qkv_gate.split([3 * inner, inner], dim=1)
+            out = gated_norm(lightning_attention(qkv, slopes, grid_of(lengths)), gate, norm, 1e-6)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), (qkv_gate, norm))])
+    assert all(map(torch.equal, *results))
+    with torch.no_grad():
+        assert torch.equal(gated_lightning_attention(*leaves, 1e-6, slopes, grid_of(lengths)), results[0][0])
 
 
 def new_caches(slots: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
