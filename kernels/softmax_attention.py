@@ -177,8 +177,10 @@ def _twin_decode(
     running = _empty(q)
     for j in range(table_BJ.shape[1]):
         k, v = (x.index_select(0, table_BJ[:, j]).flatten(0, 1) for x in (k_pages, v_pages))
-        # A tile past the end of a sequence is hidden whole: weights of zero leave what is there as it is.
-        hidden_BC = key_C + j * CHUNK_LENGTH > position_B.unsqueeze(1)
-        running = _absorb_tile(running, q, k, v, hidden_BC.repeat_interleave(key_heads, 0).unsqueeze(1))
+        # A tile past the end of a sequence is hidden whole: weights of zero leave what is there as it is, whatever the
+        # page held before (but a value times zero must be zero).
+        hidden_BC = (key_C + j * CHUNK_LENGTH > position_B.unsqueeze(1)).repeat_interleave(key_heads, 0)
+        v = v.masked_fill_(hidden_BC.unsqueeze(2), 0.0)
+        running = _absorb_tile(running, q, k, v, hidden_BC.unsqueeze(1))
     _, total, out = running
     return (out / total)[:, :group].reshape(batch, heads * dim)
