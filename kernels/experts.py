@@ -1,5 +1,6 @@
-"""Top-k mixture of SwiGLU experts over packed tokens, dropless, in plain PyTorch around `grouped_mm`.
+"""Top-k mixture of SwiGLU experts over packed tokens, dropless.
 
+float32 on CPU has a kernel of its own (`kernels.experts_cpu`); this is the plain-PyTorch form, around `grouped_mm`.
 Tokens are copied into one buffer in the order of their experts, each expert's rows padded to a multiple of 4 so that
 the product gives a row the same bits whatever rows lie beside it; padded rows repeat a real token and are never read.
 Both copies are gathers in the backward too, so gradients add up in one order.
@@ -14,9 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cispo.kernels import experts_cpu
 from cispo.kernels.pointwise import silu
+from cispo.kernels.product import product
 
 ROW_MULTIPLE = 4
+
+_DENSE_MAX_ROWS = 64
+"""Up to here running every expert on every row is faster than sorting rows by expert."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,3 +155,18 @@ def swiglu_experts_dense(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, do
     token_N1 = torch.arange(x_ND.shape[0], device=x_ND.device).unsqueeze(1)
     rows_NKD = out_END[routing.expert_ids_NK, token_N1]
     return _weighted_sum(rows_NKD, routing.weight_NK).to(x_ND.dtype)
+
+
+def expert_layer(
+    x_ND: Tensor, router_ED: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, experts_per_token: int
+) -> Tensor:
+    """Route each token by x router^T in float32 (`route`), and run its experts (`swiglu_experts`); [N, D] in x's dtype.
+
+    Differentiable in all four tensors. The number of rows never changes a row's bits on CPU.
+    """
+    if experts_cpu.serves(x_ND, router_ED, gate_up_EFD, down_EDF):
+        return experts_cpu.expert_layer(x_ND, router_ED, gate_up_EFD, down_EDF, experts_per_token)
+    routing = route(product(x_ND.float(), router_ED.float()), experts_per_token)
+    if x_ND.is_cuda and x_ND.shape[0] <= _DENSE_MAX_ROWS and not torch.is_grad_enabled():
+        return swiglu_experts_dense(x_ND, routing, gate_up_EFD, down_EDF)
+    return swiglu_experts(x_ND, routing, gate_up_EFD, down_EDF)

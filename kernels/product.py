@@ -21,37 +21,39 @@ ROW_MULTIPLE = 4
 _PANEL = 32
 _LANES = 16
 
-_pack_weight = CpuFunction("pack_weight", "ppiii")
+_pack_weight = CpuFunction("pack_weight", "ppiiii")
 _product = CpuFunction("product", "pippiiii")
 _input_gradient = CpuFunction("product_input_gradient", "pppiiii")
 _weight_gradient = CpuFunction("product_weight_gradient", "ppipiiii")
 
-_packed_weights: dict[int, tuple["weakref.ref[Tensor]", int, Tensor]] = {}
+_packed_weights: dict[tuple[int, int], tuple["weakref.ref[Tensor]", int, Tensor]] = {}
 
 
-def packed_weight(weight_MK: Tensor) -> Tensor:
-    """W [M, K] in the CPU kernels' layout of panels, kept until the weight changes or goes.
+def packed_weight(weight: Tensor, matrices: int = 1) -> Tensor:
+    """A contiguous weight in the CPU kernels' layout of panels, kept until the weight changes or goes.
 
-    A change is what PyTorch counts as one (`Tensor._version`). Fused optimisers do not count theirs: after one, call
-    `torch.autograd.graph.increment_version`.
+    weight: [M, K], or of any shape [.., K] whose rows are `matrices` matrices one after the other, each packed by
+    itself. A change is what PyTorch counts as one (`Tensor._version`). Fused optimisers do not count theirs: after one,
+    call `torch.autograd.graph.increment_version`.
     """
-    if weight_MK.is_inference():
-        return _pack(weight_MK)
-    kept = _packed_weights.get(id(weight_MK))
-    if kept is not None and kept[0]() is weight_MK and kept[1] == weight_MK._version:
+    if weight.is_inference():
+        return _pack(weight, matrices)
+    key = (id(weight), matrices)
+    kept = _packed_weights.get(key)
+    if kept is not None and kept[0]() is weight and kept[1] == weight._version:
         return kept[2]
-    packed = _pack(weight_MK)
-    key = id(weight_MK)
+    packed = _pack(weight, matrices)
     # Every object of its own identity: the entry goes with the weight, before another can have its id.
-    reference = weakref.ref(weight_MK, lambda _: _packed_weights.pop(key, None))
-    _packed_weights[key] = (reference, weight_MK._version, packed)
+    reference = weakref.ref(weight, lambda _: _packed_weights.pop(key, None))
+    _packed_weights[key] = (reference, weight._version, packed)
     return packed
 
 
-def _pack(weight_MK: Tensor) -> Tensor:
-    m, k = weight_MK.shape
-    packed = torch.empty(-(-m // _PANEL) * _PANEL * k)
-    _pack_weight(weight_MK, packed, m, k, torch.get_num_threads())
+def _pack(weight: Tensor, matrices: int) -> Tensor:
+    k = weight.shape[-1]
+    m = weight.numel() // (matrices * k)
+    packed = torch.empty(matrices * -(-m // _PANEL) * _PANEL * k)
+    _pack_weight(weight, packed, matrices, m, k, torch.get_num_threads())
     return packed
 
 

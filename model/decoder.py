@@ -13,16 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cispo.kernels.chunks import ChunkGrid, chunk_grid
-from cispo.kernels.experts import route, swiglu_experts, swiglu_experts_dense
+from cispo.kernels.experts import expert_layer
 from cispo.kernels.head_loss import head_logits
 from cispo.kernels.norm import residual_norm, rms_norm
-from cispo.kernels.product import product
 from cispo.model.cache import DecodeCache, DecodeStep, PrefillTarget, State
 from cispo.model.config import LIGHTNING, ModelConfig
 from cispo.model.mixers import build_mixer, rotary_table
-
-_DENSE_EXPERTS_MAX_ROWS = 64
-"""Up to here running every expert on every row is faster than sorting rows by expert."""
 
 
 class Experts(nn.Module):
@@ -36,10 +32,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(config.experts, config.hidden_size, config.expert_width))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        routing = route(product(x_ND.float(), self.router.float()), self.experts_per_token)
-        if x_ND.shape[0] <= _DENSE_EXPERTS_MAX_ROWS and not torch.is_grad_enabled():
-            return swiglu_experts_dense(x_ND, routing, self.gate_up, self.down)
-        return swiglu_experts(x_ND, routing, self.gate_up, self.down)
+        return expert_layer(x_ND, self.router, self.gate_up, self.down, self.experts_per_token)
 
 
 class Layer(nn.Module):

@@ -35,9 +35,13 @@ void pack_panels(Matrix b, int64_t depth, int64_t columns, float* packed, int64_
 
 extern "C" {
 
-// packed: packed_size(K, M) floats.
-void cispo_pack_weight(const float* w, float* packed, int64_t m, int64_t k, int64_t threads) {
-  pack_panels({w, 1, k}, k, m, packed, threads);
+// `matrices` matrices W [M, K], one after the other; packed: packed_size(K, M) floats each.
+void cispo_pack_weight(const float* w, float* packed, int64_t matrices, int64_t m, int64_t k, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t unit = 0; unit < matrices * panels(m); ++unit) {
+    const int64_t matrix = unit / panels(m);
+    pack_panel({w + matrix * m * k, 1, k}, k, m, unit % panels(m), packed + matrix * packed_size(k, m));
+  }
 }
 
 void cispo_product(const float* x, int64_t x_row, const float* packed, float* y, int64_t n, int64_t k, int64_t m,
