@@ -92,6 +92,14 @@ void decode(const float* x, int64_t row, int64_t dim, Decays decay, Cache cache,
   if (row == kChunk - 1) add_chunk(cache.k_recent, cache.v_recent, dim, dim, decay, cache.state, cache.state);
 }
 
+// Asks for what a decode of this row will read: the caches of many sequences lie far apart in memory.
+void fetch(Cache cache, int64_t row, int64_t dim) {
+  for (int64_t at = 0; at < dim * dim; at += kLanes) __builtin_prefetch(cache.state + at, 1, 2);
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t j = 0; j <= row; j += kLanes) __builtin_prefetch(cache.k_recent + d * kChunk + j, 1, 2);
+  for (int64_t at = 0; at < (row + 1) * dim; at += kLanes) __builtin_prefetch(cache.v_recent + at, 1, 2);
+}
+
 }  // namespace
 
 extern "C" {
@@ -123,11 +131,15 @@ void cispo_lightning_decode(const float* x, int64_t x_row, const int64_t* rows, 
                             float* state, float* k_recent, float* v_recent, int64_t sequences, int64_t heads,
                             int64_t dim, int64_t threads) {
   const int64_t units = sequences * heads, matrix = dim * dim, recent = kChunk * dim;
+  const auto cache_of = [=](int64_t unit) {
+    return Cache{state + unit * matrix, k_recent + unit * recent, v_recent + unit * recent};
+  };
 #pragma omp parallel for schedule(dynamic, 8) num_threads(std::min(threads, (units + 7) / 8))
   for (int64_t unit = 0; unit < units; ++unit) {
     const int64_t sequence = unit / heads, head = unit % heads;
-    decode(x + sequence * x_row + head * 3 * dim, rows[sequence], dim, {decays + head * kDecayTable},
-           {state + unit * matrix, k_recent + unit * recent, v_recent + unit * recent}, out + unit * dim);
+    if (unit + 1 < units) fetch(cache_of(unit + 1), rows[(unit + 1) / heads], dim);
+    decode(x + sequence * x_row + head * 3 * dim, rows[sequence], dim, {decays + head * kDecayTable}, cache_of(unit),
+           out + unit * dim);
   }
 }
 }
