@@ -28,6 +28,10 @@ class SandboxError(CispoError, RuntimeError):
     """The sandbox itself failed or is not available; never the fault of the program under test."""
 
 
+class SandboxClosedError(SandboxError):
+    """The sandbox was closed before, so trying again is of no use."""
+
+
 class RunFolderError(CispoError, RuntimeError):
     """The run folder exists already, is missing, or belongs to another recipe."""
 

@@ -20,9 +20,9 @@ from cispo.rewards.plugin_thread import PluginThread
 from cispo.rewards.settings import RewardSettings
 from cispo.rewards.statistics import Counters
 from cispo.sandboxes.backends import open_sandbox
-from cispo.sandboxes.judge import judge_calls
+from cispo.sandboxes.judge import IMPATIENT_PAUSES_S, RETRY_PAUSES_S, judge_calls
 from cispo.sandboxes.settings import SandboxSettings
-from cispo.sandboxes.types import Verdict
+from cispo.sandboxes.types import Verdict, VerdictStatus
 from cispo.sandboxes.verdict_cache import VerdictCache, verdict_key
 from cispo.types import Group, Rollout, Score
 
@@ -48,6 +48,7 @@ class RewardSet:
         self._counters = Counters()
         needs_sandbox = any(reward.takes("judge") for reward in self._rewards)
         self._sandbox = open_sandbox(sandbox.backend, workers=sandbox.workers) if needs_sandbox else None
+        self._has_sandbox_failed = False
         self._pool = ThreadPoolExecutor(sandbox.workers, thread_name_prefix="reward")
         self._plugins = PluginThread()
 
@@ -67,7 +68,10 @@ class RewardSet:
     def _execute(self, code: str, entry_point: str, tests: Sequence[Mapping[str, Any]]) -> Verdict:
         if self._sandbox is None:
             raise SandboxError("no reward of the recipe takes `judge`, so no sandbox was opened")
-        verdict = judge_calls(self._sandbox, code, entry_point, tests, self._limits)
+        # A broken sandbox is given all the time it may need once, and not again by every program of the step.
+        pauses_s = IMPATIENT_PAUSES_S if self._has_sandbox_failed else RETRY_PAUSES_S
+        verdict = judge_calls(self._sandbox, code, entry_point, tests, self._limits, pauses_s=pauses_s)
+        self._has_sandbox_failed = verdict.status is VerdictStatus.SANDBOX_ERROR
         self._counters.count_execution(verdict)
         return verdict
 

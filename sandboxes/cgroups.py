@@ -12,6 +12,8 @@ from pathlib import Path
 
 CGROUP_FILES = Path("/proc/self/cgroup")
 MOUNT_FILE = Path("/proc/self/mountinfo")
+# What one refused request may have asked for: a huge page, and what the kernel takes in advance for each core.
+MEMORY_SLACK_BYTES = 4 << 20
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Cgroup:
     homes: tuple[Path, ...]
     _memory_mib: int = 0
     _pids: int = 0
+    _memory_hits: int = 0
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -66,6 +69,30 @@ class Cgroup:
         name = "memory.events" if self.version == 2 else "memory.oom_control"
         fields = dict(line.split() for line in (self.memory / name).read_text().splitlines())
         return int(fields.get("oom_kill", 0))
+
+    def watch_memory(self) -> None:
+        """Begin to note whether the group meets its limit on memory."""
+        if self.memory is None:
+            return
+        if self.version == 1:
+            _write(self.memory / "memory.max_usage_in_bytes", "0")
+        else:
+            self._memory_hits = self._memory_hits_v2(self.memory)
+
+    def has_met_memory_limit(self) -> bool:
+        """Whether it has since `watch_memory`. A kill without that was for want of the machine's memory."""
+        if self.memory is None:
+            return False
+        if self.version == 2:
+            return self._memory_hits_v2(self.memory) > self._memory_hits
+        # Kernels differ in whether they count failures here, but all note the highest use.
+        highest = int((self.memory / "memory.max_usage_in_bytes").read_text())
+        return highest + MEMORY_SLACK_BYTES >= self._memory_mib << 20
+
+    @staticmethod
+    def _memory_hits_v2(folder: Path) -> int:
+        fields = dict(line.split() for line in (folder / "memory.events").read_text().splitlines())
+        return int(fields.get("max", 0))
 
     def cpu_s(self) -> float | None:
         """CPU seconds ever used in the group; None when not counted."""

@@ -11,18 +11,28 @@ program did not live to answer has the status of the program's end, and those af
 
 import json
 import marshal
+import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cispo.errors import SandboxError
+from cispo.errors import SandboxClosedError, SandboxError
 from cispo.sandboxes import driver
 from cispo.sandboxes.compare import is_equal
 from cispo.sandboxes.types import ExecResult, ExecStatus, Limits, Sandbox, TestStatus, Verdict, VerdictStatus
 
 DRIVER_SOURCE = Path(driver.__file__).read_text(encoding="utf-8")
 MAX_NAME_CHARS = 80
-ATTEMPTS = 2
+# Pauses before the attempts after the first. A machine short of processes or memory has them again within seconds.
+RETRY_PAUSES_S = (0.05, 0.2, 1.0, 3.0, 8.0)
+# For a sandbox that has just failed at all of those: each program of a step would wait for nothing.
+IMPATIENT_PAUSES_S = (0.2,)
+# Attempts begin no later than this; one that waits for a core in vain is slow by itself.
+RETRY_TIME_S = 120.0
+# Signals by which processes end each other, as exit codes: a program does not come by them through its own mistakes.
+KILLED_EXIT_CODES = frozenset(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM))
+KILLED_RUNS = 3
 
 # How the end of the whole program reads as the status of the test that was running.
 _END_STATUS = {
@@ -35,26 +45,56 @@ _END_STATUS = {
 
 
 def judge_calls(
-    sandbox: Sandbox, code: str, entry_point: str, tests: Sequence[Mapping[str, Any]], limits: Limits
+    sandbox: Sandbox,
+    code: str,
+    entry_point: str,
+    tests: Sequence[Mapping[str, Any]],
+    limits: Limits,
+    *,
+    pauses_s: Sequence[float] = RETRY_PAUSES_S,
 ) -> Verdict:
     """Call `entry_point` of the program `code` once a test and compare what it returns with what is expected.
 
-    Without tests the verdict says only whether the program is well formed. A sandbox that fails is tried once more;
-    if it fails again the status is sandbox_error. Raises ValueError when a test is not a JSON value of the form above.
+    Without tests the verdict says only whether the program is well formed. A sandbox that fails is tried again after
+    each of the pauses; if it fails to the last the status is sandbox_error. Raises ValueError when a test is not a JSON
+    value of the form above.
     """
     request = _request(code, entry_point, tests)
     argv = [sandbox.capabilities().python, "-S", "-s", "-c", DRIVER_SOURCE]
-    message = ""
-    for _ in range(ATTEMPTS):
+    started, attempts, message = time.monotonic(), 0, ""
+    for pause_s in (0.0, *pauses_s):
+        if time.monotonic() - started + pause_s > RETRY_TIME_S:
+            break
+        time.sleep(pause_s)
+        attempts += 1
         try:
-            result = sandbox.run(argv, stdin=request, limits=limits)
+            result = _run(sandbox, argv, request, limits)
         except SandboxError as error:
             message = str(error)
+            if isinstance(error, SandboxClosedError):
+                break
             continue
         return _verdict(result, [test["expected"] for test in tests])
     return Verdict(
-        VerdictStatus.SANDBOX_ERROR, 0, len(tests), (TestStatus.NOT_RUN,) * len(tests), message=f"sandbox: {message}"
+        status=VerdictStatus.SANDBOX_ERROR,
+        passed=0,
+        total=len(tests),
+        tests=(TestStatus.NOT_RUN,) * len(tests),
+        message=f"the sandbox failed (attempts: {attempts}, in {time.monotonic() - started:.0f} s): {message}",
     )
+
+
+def _run(sandbox: Sandbox, argv: Sequence[str], request: bytes, limits: Limits) -> ExecResult:
+    """Run a program; one that was killed though it met no limit is run again, since the shot may have been a stray one.
+
+    The kernel kills for others' want of memory, and who kills by a process number may hit whoever has it by then; on a
+    busy machine numbers come round within seconds. Who kills itself does so every time, and that is then its result.
+    """
+    for _ in range(KILLED_RUNS - 1):
+        result = sandbox.run(argv, stdin=request, limits=limits)
+        if result.status is not ExecStatus.RUNTIME_ERROR or result.exit_code not in KILLED_EXIT_CODES:
+            return result
+    return sandbox.run(argv, stdin=request, limits=limits)
 
 
 def _request(code: str, entry_point: str, tests: Sequence[Mapping[str, Any]]) -> bytes:
@@ -120,6 +160,8 @@ def _verdict(result: ExecResult, expected: Sequence[Any]) -> Verdict:
     if is_well_formed:
         if len(tests) < total:
             tests.append(_END_STATUS[result.status])
+        elif tests and result.status is ExecStatus.TIMEOUT and tests[-1] is TestStatus.PASSED:
+            tests[-1] = TestStatus.TIMEOUT  # its last answer came before anybody could stop it
         first_failed = next((test for test in tests if test is not TestStatus.PASSED), None)
         status = VerdictStatus.OK if first_failed is None else VerdictStatus(first_failed.value)
         message = _message(answers, tests)

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Self
 
-from cispo.errors import SandboxError
+from cispo.errors import SandboxClosedError, SandboxError
 from cispo.sandboxes.supervisor import Ended, Supervisor
 from cispo.sandboxes.types import DEFAULT_LIMITS, NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
 
@@ -58,7 +58,7 @@ class SlottedSandbox(ABC):
         supervisor = self._idle.get()
         try:
             if self._is_closed:
-                raise SandboxError("the sandbox is closed; open another")
+                raise SandboxClosedError("the sandbox is closed; open another")
             if supervisor is None:
                 supervisor = Supervisor(self._next_index(), own_user=self._own_user)
             result = self._run_in(supervisor, argv, stdin, files, limits)

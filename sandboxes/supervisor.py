@@ -1,7 +1,8 @@
 """The owner's side of one slot: starts its warden, hands it programs, reads their output and decides when to stop them.
 
-Output is read while the program runs and never kept beyond its limit. Time is decided by CPU seconds; the clock counts
-only while the program was not waiting for a core, so that a busy machine turns no right program into a time-out.
+Output is read while the program runs and never kept beyond its limit. Time is decided by CPU seconds, of all that the
+program used and not of what was seen in time; the clock counts only while the program was not waiting for a core, so
+that a busy machine neither turns a right program into a time-out nor the other way round.
 """
 
 import contextlib
@@ -29,9 +30,14 @@ from cispo.sandboxes.types import ExecStatus, Limits
 TICK_S = 0.05
 READ_BYTES = 1 << 16
 WARDEN_TIMEOUT_S = 30.0
-STARVED_WALL_FACTOR = 6
-# The warden itself, bubblewrap, and bubblewrap's first process inside.
-OVERHEAD_PIDS = 3
+# A program that gets no core is waited for so many times its limit by the clock: it decides nothing but patience.
+STARVED_WALL_FACTOR = 30
+# bubblewrap and its first process inside.
+OVERHEAD_PIDS = 2
+# The warden, and one more: where both hold, the limit of the user id is met first. It refuses at once, while the
+# group's takes a process number for every refusal, and a bomb of threads would use up the machine's numbers in a
+# second: then they come round, and who kills by number may hit somebody else.
+GROUP_SPARE_PIDS = 2
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -121,6 +127,8 @@ class Supervisor:
         ended.wall_s = watch.elapsed_s()
         ended.cpu_s = max(ended.cpu_s, watch.seen_cpu_s())  # of what is killed, the kernel counts only a part
         ended.was_out_of_memory = watch.was_out_of_memory()
+        if ended.stopped is None and ended.cpu_s > job.limits.cpu_s:
+            ended.stopped = ExecStatus.TIMEOUT  # it ended between two looks, which come late on a busy machine
         return ended
 
     def _collect(self, selector: selectors.BaseSelector, watch: "Watch", ended: Ended) -> None:
@@ -207,9 +215,10 @@ class Watch:
         self._cpu_s_before: float | None = None
         self._oom_kills_before = 0
         if cgroup is not None:
-            cgroup.set_limits(limits.memory_mib, limits.pids + OVERHEAD_PIDS)
+            cgroup.set_limits(limits.memory_mib, limits.pids + OVERHEAD_PIDS + GROUP_SPARE_PIDS)
             self._cpu_s_before = cgroup.cpu_s()
             self._oom_kills_before = cgroup.oom_kills()
+            cgroup.watch_memory()
         self._seen_cpu_s = 0.0
         self._starved_s = 0.0
         self._start = time.monotonic()
@@ -218,7 +227,10 @@ class Watch:
         return time.monotonic() - self._start
 
     def was_out_of_memory(self) -> bool:
-        return self._cgroup is not None and self._cgroup.oom_kills() > self._oom_kills_before
+        """Whether the kernel killed for the program's own limit; kills for want of the machine's memory are not its."""
+        if self._cgroup is None or self._cgroup.oom_kills() <= self._oom_kills_before:
+            return False
+        return self._cgroup.has_met_memory_limit()
 
     def look(self) -> ExecStatus | None:
         """The limit that is exceeded, or None; SandboxError when the machine gives the program no time."""

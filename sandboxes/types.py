@@ -99,7 +99,7 @@ class VerdictStatus(StrEnum):
     REJECTED = "rejected"
     """The source does not compile, or does not define the entry point."""
     SANDBOX_ERROR = "sandbox_error"
-    """The sandbox failed twice: nothing is known of the program, and its sample must be masked."""
+    """The sandbox failed again and again: nothing is known of the program, and its sample must be masked."""
 
 
 class TestStatus(StrEnum):

@@ -29,15 +29,26 @@ from typing import Any, NoReturn
 MAX_PACKET_BYTES = 1 << 17
 MAX_FDS = 64
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
+ADDR_NO_RANDOMIZE, PERSONALITY_AS_IT_IS = 0x0040000, 0xFFFFFFFF
 FIRST_SPARE_FD = 128
 REMOVE_ATTEMPTS, REMOVE_PAUSE_MS = 200, 5
 
-_prctl = ctypes.CDLL(None, use_errno=True).prctl
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def prctl(option: int, value: int) -> None:
-    if _prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+    if _libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+
+
+def fix_addresses() -> None:
+    """Programs get the same addresses every time: Python orders sets of objects by them, and a verdict must not change.
+
+    A container's own filter may refuse this call; then programs run as they would have, with addresses by chance.
+    """
+    before = _libc.personality(ctypes.c_ulong(PERSONALITY_AS_IT_IS))
+    if before != -1:
+        _libc.personality(ctypes.c_ulong(before | ADDR_NO_RANDOMIZE))
 
 
 def main(control_fd: int, *lock_fd: int) -> None:
@@ -156,6 +167,7 @@ def become_program(uid: int | None, request: Any, fds: list[int], failure_fd: in
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
+        fix_addresses()
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.execve(argv[0], argv, environment)
     except BaseException as error:
@@ -249,9 +261,19 @@ def end_processes_of(uid: int) -> None:
         if not found:
             return
         for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            kill_if_of(pid, uid)
         select.poll().poll(1)
+
+
+def kill_if_of(pid: int, uid: int) -> None:
+    """Kill by a descriptor of the process: by now its number may be that of somebody else's."""
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if owner_of(pid) == uid:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
 
 
 def owner_of(pid: int) -> int | None:

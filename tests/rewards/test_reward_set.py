@@ -11,6 +11,7 @@ from cispo.errors import RewardError, SandboxError
 from cispo.rewards.reward_set import RewardSet
 from cispo.rewards.settings import RewardSettings
 from cispo.rewards.statistics import verdict_shares
+from cispo.sandboxes.judge import IMPATIENT_PAUSES_S, RETRY_PAUSES_S
 from cispo.sandboxes.settings import SandboxSettings
 from cispo.types import Group, Prompt, Rollout, Score, ScoreStatus, StopReason, Turn
 
@@ -257,6 +258,29 @@ def test_a_sandbox_that_fails_masks_the_sample(make: Make, monkeypatch: pytest.M
     (score,) = rewards.score(group(RIGHT))
     assert score.status is ScoreStatus.ERROR and "the sandbox is closed" in score.message
     assert score.info == {"verdict": "sandbox_error"}
+
+
+def test_a_broken_sandbox_is_waited_for_once_and_not_by_every_program(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("cispo.sandboxes.judge.time.sleep", slept.append)
+    rewards = make(RewardSettings(name="code"))
+    working = rewards._sandbox
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise SandboxError("fork: Resource temporarily unavailable")
+
+    assert working is not None
+    run = working.run
+    monkeypatch.setattr(working, "run", fail)
+    for _ in range(3):
+        (score,) = rewards.score(group(RIGHT))
+        assert score.status is ScoreStatus.ERROR
+    assert slept == [0.0, *RETRY_PAUSES_S] + 2 * [0.0, *IMPATIENT_PAUSES_S]
+    monkeypatch.setattr(working, "run", run)
+    (score,) = rewards.score(group(RIGHT))
+    assert (score.status, score.value) == (ScoreStatus.OK, 1.0)
 
 
 def test_a_hanging_function_does_not_hold_up_the_next(make: Make) -> None:

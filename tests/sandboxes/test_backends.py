@@ -13,6 +13,7 @@ from cispo.sandboxes.cgroups import open_cgroup
 from cispo.sandboxes.seccomp import seccomp_filter
 from cispo.sandboxes.settings import SandboxSettings
 from cispo.sandboxes.slots import take_slot
+from cispo.sandboxes.supervisor import Watch
 
 
 def test_a_missing_bubblewrap_is_an_error_that_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,11 +115,16 @@ def test_groups_of_version_2_are_made_beside_a_group_that_holds_processes(tmp_pa
     group = open_cgroup("slot", mounts=mounts, own="0::/user.slice/app.scope\n")
     assert group is not None and group.version == 2
     assert group.folders == (made,) and group.homes == (own,)
-    (made / "memory.events").write_text("low 0\noom_kill 2\n")
+    (made / "memory.events").write_text("low 0\nmax 3\noom_kill 2\n")
     (made / "cpu.stat").write_text("usage_usec 1500000\nuser_usec 1\n")
     group.set_limits(64, 9)
     assert (made / "memory.max").read_text() == str(64 << 20) and (made / "pids.max").read_text() == "9"
     assert (group.oom_kills(), group.cpu_s()) == (2, 1.5)
+    watch = Watch(Limits(), group, os.getpid())
+    (made / "memory.events").write_text("low 0\nmax 3\noom_kill 3\n")
+    assert not watch.was_out_of_memory(), "the kernel killed for want of the machine's memory"
+    (made / "memory.events").write_text("low 0\nmax 4\noom_kill 3\n")
+    assert watch.was_out_of_memory()
 
 
 def test_no_groups_where_none_may_be_made(tmp_path: Path) -> None:

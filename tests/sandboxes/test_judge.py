@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cispo.errors import SandboxError
 from cispo.sandboxes import Capabilities, ExecResult, Limits, Sandbox, Verdict, VerdictStatus
-from cispo.sandboxes.judge import judge_calls
+from cispo.sandboxes.judge import RETRY_PAUSES_S, judge_calls
 from cispo.sandboxes.types import ExecStatus, TestStatus
 
 LIMITS = Limits(wall_s=20.0, cpu_s=1.0, memory_mib=96, pids=16, output_kib=64, files_mib=8)
@@ -323,11 +323,36 @@ def test_a_sandbox_that_fails_once_is_tried_again() -> None:
     assert len(sandbox.calls) == 2
 
 
-def test_a_sandbox_that_fails_twice_is_no_verdict_on_the_program() -> None:
-    sandbox = ScriptedSandbox([SandboxError("first"), SandboxError("second"), GOOD])
-    verdict = judge_calls(sandbox, "", "f", SUM_TESTS, LIMITS)
+def test_a_sandbox_that_fails_for_seconds_still_gives_the_programs_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("cispo.sandboxes.judge.time.sleep", slept.append)
+    sandbox = ScriptedSandbox([SandboxError("fork: Resource temporarily unavailable")] * 5 + [GOOD])
+    assert judge_calls(sandbox, "", "f", SUM_TESTS, LIMITS).status is VerdictStatus.OK
+    assert slept == [0.0, *RETRY_PAUSES_S] and sum(slept) > 10.0
+
+
+def test_a_sandbox_that_fails_to_the_last_is_no_verdict_on_the_program() -> None:
+    sandbox = ScriptedSandbox([SandboxError("first"), SandboxError("second"), SandboxError("third"), GOOD])
+    verdict = judge_calls(sandbox, "", "f", SUM_TESTS, LIMITS, pauses_s=(0.0, 0.01))
     assert (verdict.status, verdict.passed) == (VerdictStatus.SANDBOX_ERROR, 0)
-    assert "second" in verdict.message and len(sandbox.calls) == 2
+    assert verdict.message == "the sandbox failed (attempts: 3, in 0 s): third" and len(sandbox.calls) == 3
+
+
+def test_a_slow_failure_is_not_repeated_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 50))
+    monkeypatch.setattr("cispo.sandboxes.judge.time.monotonic", lambda: float(next(clock)))
+    sandbox = ScriptedSandbox([SandboxError("no core")] * 6)
+    assert judge_calls(sandbox, "", "f", SUM_TESTS, LIMITS).status is VerdictStatus.SANDBOX_ERROR
+    assert len(sandbox.calls) == 2
+
+
+def test_a_program_over_its_time_has_not_passed_although_it_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = ExecResult(ExecStatus.TIMEOUT, None, GOOD, b"", 1.0, 1.1)
+    sandbox = ScriptedSandbox([])
+    monkeypatch.setattr(sandbox, "run", lambda argv, **options: answered)
+    verdict = judge_calls(sandbox, "", "f", SUM_TESTS, LIMITS)
+    assert (verdict.status, verdict.passed) == (VerdictStatus.TIMEOUT, 2)
+    assert judge_calls(sandbox, "", "f", [], LIMITS).is_well_formed
 
 
 @settings(max_examples=200, deadline=None)
