@@ -24,7 +24,8 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
     if settings.address is None:
-        options |= {"include_dashboard": settings.dashboard, "dashboard_host": "127.0.0.1"}
+        # Without "local" Ray joins whatever RAY_ADDRESS or `ray start` left behind, with another's processes and code.
+        options |= {"address": "local", "include_dashboard": settings.dashboard, "dashboard_host": "127.0.0.1"}
     else:
         options["address"] = settings.address
         _refuse_silent_address(settings.address)

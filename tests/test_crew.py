@@ -179,3 +179,14 @@ def test_a_late_call_is_named(crew: Crew) -> None:
 def test_the_shares_of_a_gpu_fit_on_it(actors: int) -> None:
     in_rays_units = round(gpu_share(actors) * 10_000)
     assert 10_000 - actors < in_rays_units * actors <= 10_000
+
+
+def test_a_local_ray_is_our_own_whatever_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a run would be joined to another's actors, of another version perhaps."""
+    given: list[dict[str, object]] = []
+    monkeypatch.setenv("RAY_ADDRESS", "198.51.100.1:6379")
+    monkeypatch.setattr("ray.init", lambda **options: given.append(options))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    with ray_session(RaySettings(dashboard=False)):
+        pass
+    assert given[0]["address"] == "local"
