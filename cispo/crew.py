@@ -20,6 +20,7 @@ from cispo.ray_runtime import await_result
 from cispo.recipe.schema import TrainRecipe
 from cispo.types import Prompt, ScoredGroup
 
+CLOSE_TIMEOUT_S = 10.0
 Progress = Callable[[int, int], None]
 """(groups done, groups in all), called as they end."""
 
@@ -162,9 +163,12 @@ class Crew:
         return state
 
     def close(self) -> None:
-        """Close the sandboxes; the actors end with the Ray session."""
-        for index, worker in enumerate(self._rewards):
-            self._call(worker.close.remote(), f"reward:{index} to close its sandbox")
+        """Close the sandboxes and end the actors; raises nothing.
+
+        A reward worker that is dead or busy is not waited for long: its sandbox's wardens end with it in any case.
+        """
+        closing = [worker.close.remote() for worker in self._rewards]
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
         for actor in (*self._rollout, *self._rewards, *([self._learner] if self._learner is not None else [])):
             ray.kill(actor)
 

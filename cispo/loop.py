@@ -8,6 +8,7 @@ as one left alone.
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from cispo.checkpoint import list_checkpoints
 from cispo.crew import Crew
@@ -33,15 +34,17 @@ def run_training(recipe: TrainRecipe, folder: RunFolder, *, resume: bool) -> Non
     prompts = load_prompts(recipe.data, base_path=recipe.base_path)
     heldout = load_prompts(recipe.evaluation.data, base_path=recipe.base_path) if recipe.evaluation else []
     check_start(recipe, policy_path, prompts, heldout)
-    with ray_session(recipe.ray), _views(recipe, folder) as views:
-        crew = Crew(recipe, policy_path, cores=_cores(), with_learner=True)
+    with (
+        ray_session(recipe.ray),
+        _views(recipe, folder) as views,
+        closing(Crew(recipe, policy_path, cores=_cores(), with_learner=True)) as crew,
+    ):
         _report_arithmetic(crew, views)
         run = _Run(recipe, folder, crew, views, prompts, heldout)
         run.start(resume=resume)
         for step in range(run.step + 1, recipe.steps + 1):
             run.take_step(step)
         run.finish()
-        crew.close()
 
 
 def run_evaluation(recipe: TrainRecipe) -> None:
@@ -51,10 +54,8 @@ def run_evaluation(recipe: TrainRecipe) -> None:
     policy_path = resolve_policy(recipe.policy.path, base_path=recipe.base_path)
     heldout = load_prompts(recipe.evaluation.data, base_path=recipe.base_path)
     check_start(recipe, policy_path, None, heldout)
-    with ray_session(recipe.ray):
-        crew = Crew(recipe, policy_path, cores=_cores(), with_learner=False)
+    with ray_session(recipe.ray), closing(Crew(recipe, policy_path, cores=_cores(), with_learner=False)) as crew:
         evaluation = evaluate(crew, heldout, recipe.evaluation, lambda done, total: None)
-        crew.close()
     if not evaluation.scored_completions:
         raise RewardError(str(evaluation))
     print(evaluation)
@@ -92,6 +93,12 @@ class _Run:
             # The policy that the run started from is what rollout workers hold until the first broadcast.
             self._before = self._evaluate()
             self.views.message(f"held-out before: {self._before}")
+            if not self._before.scored_completions:
+                # Before anything is done; later evaluations end no run, as by then there is something to lose.
+                raise RewardError(
+                    f"the evaluation before the first step: {self._before}; mend the reward, then give the same "
+                    "command again"
+                )
             if self.folder.last_step() is None:
                 self.folder.append_metrics(0, self._before.metrics())
                 self.views.step(0, self._before.metrics())

@@ -3,6 +3,8 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from cispo import loop
 from cispo.checkpoint import load_checkpoint, prune_checkpoints, write_checkpoint
 from cispo.crew import Crew
+from cispo.errors import RewardError
 from cispo.loop import _Run
 from cispo.recipe.schema import TrainRecipe
 from cispo.run_folder import RunFolder
-from cispo.types import Prompt, Rollout, Score, ScoredGroup, StopReason, Turn
+from cispo.types import Prompt, Rollout, Score, ScoredGroup, ScoreStatus, StopReason, Turn
 from cispo.views import Views
 
 PROMPTS = [Prompt(f"p{index}", f"question {index}") for index in range(8)]
@@ -211,3 +215,57 @@ def test_a_run_can_be_resumed_with_more_steps(tmp_path: Path) -> None:
         name: text for name, text in long.items() if name != "metrics"
     }
     assert json.loads(short["metrics"])[-1] == json.loads(long["metrics"])[-1]
+
+
+def failing_rewards(monkeypatch: pytest.MonkeyPatch, *, of_stream: str) -> None:
+    group_of = ToyCrew._group
+
+    def group(crew: ToyCrew, prompt: Prompt, group_size: int, stream: str) -> ScoredGroup:
+        made = group_of(crew, prompt, group_size, stream)
+        failed = Score(0.0, ScoreStatus.ERROR, message="reward 'mine': raised KeyError")
+        return replace(made, scores=(failed,) * group_size) if stream.startswith(of_stream) else made
+
+    monkeypatch.setattr(ToyCrew, "_group", group)
+
+
+def test_a_reward_that_fails_on_the_whole_first_evaluation_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        failing_rewards(broken, of_stream="evaluation")
+        with pytest.raises(RewardError, match=r"before the first step.*all 3 completions.*KeyError.*mend the reward"):
+            run(tmp_path / "toy", make_recipe())
+    assert (tmp_path / "toy" / "metrics.jsonl").read_bytes() == b""
+    assert not list((tmp_path / "toy" / "checkpoints").iterdir())
+    run(tmp_path / "toy", make_recipe(), resume=True)
+    run(tmp_path / "alone", make_recipe())
+    assert fingerprint(tmp_path / "toy") == fingerprint(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_crew_is_closed_however_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    recipe, closed = make_recipe(), []
+
+    class ClosableCrew(ToyCrew):
+        def __init__(self, recipe: TrainRecipe, policy_path: Path, **options: object) -> None:
+            super().__init__(recipe, lambda place: None)
+
+        def row_dependent_shapes(self) -> list[str]:
+            if fails:
+                raise RewardError("broken")
+            return []
+
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr(loop, "Crew", ClosableCrew)
+    monkeypatch.setattr(loop, "resolve_policy", lambda path, base_path: tmp_path)
+    monkeypatch.setattr(loop, "load_prompts", lambda data, base_path: PROMPTS)
+    monkeypatch.setattr(loop, "check_start", lambda *arguments: None)
+    monkeypatch.setattr(loop, "ray_session", lambda settings: nullcontext())
+    monkeypatch.setattr(loop, "_views", lambda recipe, folder: nullcontext(SilentViews()))
+    folder = RunFolder.create(tmp_path / "toy", recipe)
+    with pytest.raises(RewardError, match="broken") if fails else nullcontext():
+        loop.run_training(recipe, folder, resume=False)
+    folder.close()
+    assert len(closed) == 1
