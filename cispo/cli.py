@@ -1,4 +1,4 @@
-"""The command line: `cispo train|sft|eval|view|recipes|version`.
+"""The command line: `cispo train|sft|eval|view|inspect|recipes|version`.
 
 Commands import what they need when they run, so that help is instant.
 """
@@ -10,13 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import cispo
 from cispo.errors import CispoError, RecipeError
-
-if TYPE_CHECKING:
-    pass
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -128,6 +124,20 @@ def view(options: argparse.Namespace) -> int:
     return 0
 
 
+def inspect(options: argparse.Namespace) -> int:
+    """Count what a model holds and costs, from its configuration alone."""
+    from rich.console import Console
+
+    from cispo.model_report import draw_report, find_config, print_report
+
+    config = find_config(options.model)
+    print_report(options.model, config, Console(highlight=False))
+    if options.plot:
+        draw_report(options.model, config, options.plot)
+        print(f"plot: {options.plot}")
+    return 0
+
+
 def recipes(options: argparse.Namespace) -> int:
     """List the packaged recipes, or print one of them."""
     from cispo.resources import find_recipe, packaged_recipes
@@ -178,6 +188,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, metavar="RUN", help="run folder")
     command.add_argument("--step", type=int, help="step to show (default: the last one)")
     command.add_argument("--limit", type=int, default=5, help="groups to show (default: 5)")
+
+    command = _add(commands, "inspect", inspect, "count a model's parameters, operations and state by length")
+    command.add_argument("model", metavar="PATH|PRESET", help="policy folder, config.json, or minimax-m1")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures (png, svg, pdf)")
 
     command = _add(commands, "recipes", recipes, "list the packaged recipes, or print one")
     command.add_argument("name", nargs="?", help="packaged recipe to print")

@@ -143,10 +143,8 @@ class Learner:
 
     def _logprobs(self, decoder: Decoder, micro: MicroBatch) -> Tensor:
         there = micro.to(self._device)
-        hidden_ND = decoder(there.ids_N, there.positions_N, there.cu_seqlens)
-        logprob_M, _ = head_logprobs(
-            hidden_ND.index_select(0, there.rows_M), decoder.head_weight, there.targets_M, temperature=self._temperature
-        )
+        hidden_MD = decoder(there.ids_N, there.positions_N, there.cu_seqlens, rows_M=there.rows_M)
+        logprob_M, _ = head_logprobs(hidden_MD, decoder.head_weight, there.targets_M, temperature=self._temperature)
         return logprob_M.cpu()
 
     def _update(
@@ -185,9 +183,8 @@ class Learner:
             tokens = micro.tokens.rows(rows).with_logprob(logprob_C)
             return self._objective.coefficients(tokens).coefficient_N
 
-        hidden_ND = self.decoder(micro.ids_N, micro.positions_N, micro.cu_seqlens)
         head = head_policy_loss(
-            hidden_ND.index_select(0, micro.rows_M),
+            self.decoder(micro.ids_N, micro.positions_N, micro.cu_seqlens, rows_M=micro.rows_M),
             self.decoder.head_weight,
             micro.targets_M,
             coefficients,

@@ -129,9 +129,8 @@ class SftTrainer:
 
     def _forward_backward(self, micro: SftMicroBatch, weight: float) -> Tensor:
         """Log-likelihood as a policy gradient whose coefficient is the same for all tokens; returns logprob_M."""
-        hidden_ND = self.decoder(micro.ids_N, micro.positions_N, micro.cu_seqlens)
         head = head_policy_loss(
-            hidden_ND.index_select(0, micro.rows_M),
+            self.decoder(micro.ids_N, micro.positions_N, micro.cu_seqlens, rows_M=micro.rows_M),
             self.decoder.head_weight,
             micro.targets_M,
             lambda logprob_C, rows: torch.full_like(logprob_C, weight),
@@ -168,9 +167,8 @@ class SftTrainer:
         """Mean over all held-out completion tokens of -log pi, in nats."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for micro in self._held_out:
-            hidden_ND = self.decoder(micro.ids_N, micro.positions_N, micro.cu_seqlens)
-            rows_MD = hidden_ND.index_select(0, micro.rows_M)
-            logprob_M, _ = head_logprobs(rows_MD, self.decoder.head_weight, micro.targets_M, temperature=1.0)
+            hidden_MD = self.decoder(micro.ids_N, micro.positions_N, micro.cu_seqlens, rows_M=micro.rows_M)
+            logprob_M, _ = head_logprobs(hidden_MD, self.decoder.head_weight, micro.targets_M, temperature=1.0)
             total -= logprob_M.sum(dtype=torch.float64)
         return float(total) / sum(len(micro.rows_M) for micro in self._held_out)
 

@@ -27,18 +27,18 @@ _DENSE_MAX_ROWS = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routing:
-    """Which experts a token goes to: expert_ids_NK (int64) and weight_NK (float32, each row sums to 1)."""
+    """Which experts a token goes to: expert_ids_NK (int64) and weight_NK (float32; renormalised, a row sums to 1)."""
 
     expert_ids_NK: Tensor
     weight_NK: Tensor
 
 
-def route(logits_NE: Tensor, experts_per_token: int) -> Routing:
-    """Softmax over experts in float32, the k largest, renormalised; equal logits go to the lower index."""
+def route(logits_NE: Tensor, experts_per_token: int, *, is_renormalised: bool = True) -> Routing:
+    """Softmax over experts in float32, the k largest, renormalised or not; equal logits go to the lower index."""
     probability_NE = torch.softmax(logits_NE.float(), dim=-1)
     expert_ids_NK = torch.sort(logits_NE.detach(), dim=-1, descending=True, stable=True).indices[:, :experts_per_token]
     chosen_NK = probability_NE.gather(1, expert_ids_NK)
-    return Routing(expert_ids_NK, chosen_NK / chosen_NK.sum(-1, keepdim=True))
+    return Routing(expert_ids_NK, chosen_NK / chosen_NK.sum(-1, keepdim=True) if is_renormalised else chosen_NK)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,15 +158,25 @@ def swiglu_experts_dense(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, do
 
 
 def expert_layer(
-    x_ND: Tensor, router_ED: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, experts_per_token: int
+    x_ND: Tensor,
+    router_ED: Tensor | None,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    experts_per_token: int,
+    *,
+    is_renormalised: bool = True,
 ) -> Tensor:
     """Route each token by x router^T in float32 (`route`), and run its experts (`swiglu_experts`); [N, D] in x's dtype.
 
-    Differentiable in all four tensors. The number of rows never changes a row's bits on CPU.
+    router_ED: None where there is one expert, which takes every token with weight 1. Differentiable in all tensors. The
+    number of rows never changes a row's bits on CPU.
     """
-    if experts_cpu.serves(x_ND, router_ED, gate_up_EFD, down_EDF):
+    if router_ED is None:
+        router_ED = x_ND.new_zeros(gate_up_EFD.shape[0], x_ND.shape[1], dtype=torch.float32)
+    if is_renormalised and experts_cpu.serves(x_ND, router_ED, gate_up_EFD, down_EDF):
         return experts_cpu.expert_layer(x_ND, router_ED, gate_up_EFD, down_EDF, experts_per_token)
-    routing = route(product(x_ND.float(), router_ED.float()), experts_per_token)
+    logits_NE = product(x_ND.float(), router_ED.float())
+    routing = route(logits_NE, experts_per_token, is_renormalised=is_renormalised)
     if x_ND.is_cuda and x_ND.shape[0] <= _DENSE_MAX_ROWS and not torch.is_grad_enabled():
         return swiglu_experts_dense(x_ND, routing, gate_up_EFD, down_EDF)
     return swiglu_experts(x_ND, routing, gate_up_EFD, down_EDF)

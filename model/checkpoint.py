@@ -1,73 +1,37 @@
-"""Policy folders: `config.json` and safetensors in MiniMax-M1's own names, read and written.
+"""Policy folders: `config.json` and safetensors in the names of their family, read and written.
 
-One map serves both ways: every Hugging Face tensor is a view into one of our parameters, so saving reads the views and
-loading writes them. What this decoder fuses (q, k, v and gate; gate and up of all experts) is slices of it.
+Reading checks every name and shape against the configuration before it touches a weight, then fills the decoder tensor
+by tensor. Writing splits what is too large for one file into shards with an index.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cispo.errors import CheckpointError
-from cispo.model.config import LIGHTNING, ModelConfig
+from cispo.model.config import ModelConfig
 from cispo.model.decoder import Decoder
-from cispo.model.weight_files import WEIGHTS_NAME, missing_weights, weight_files
+from cispo.model.families import read_hf_config, write_hf_config
+from cispo.model.tensor_names import ROUTER_SUFFIXES, alternatives, is_derived, named_views
+from cispo.model.weight_files import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    StoredTensor,
+    missing_weights,
+    stored_tensors,
+    weight_files,
+)
 
 CONFIG_NAME = "config.json"
 SHOWN_MISTAKES = 3
+SHARD_BYTES = 5_000_000_000
 
-_DERIVED_SUFFIXES = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
-"""Constants that transformers stores beside the weights; they follow from the configuration."""
-
-
-def named_views(decoder: Decoder) -> dict[str, Tensor]:
-    """Every tensor of the policy by its Hugging Face name, as views into the decoder's parameters."""
-    config = decoder.config
-    views = {"model.embed_tokens.weight": decoder.embedding.data, "model.norm.weight": decoder.final_norm.data}
-    if not config.tie_embeddings:
-        views["lm_head.weight"] = decoder.head.data
-    parameters = {name: parameter.data for name, parameter in decoder.named_parameters()}
-    for index, mixer in enumerate(config.mixers):
-        layer = {
-            name.removeprefix(f"layers.{index}."): tensor
-            for name, tensor in parameters.items()
-            if name.startswith(f"layers.{index}.")
-        }
-        prefix = f"model.layers.{index}."
-        views[prefix + "input_layernorm.weight"] = layer["mixer_norm"]
-        views[prefix + "post_attention_layernorm.weight"] = layer["expert_norm"]
-        mixer_views = _lightning_views(layer) if mixer == LIGHTNING else _softmax_views(layer, config)
-        views.update({f"{prefix}self_attn.{name}.weight": view for name, view in mixer_views.items()})
-        views.update({f"{prefix}block_sparse_moe.{n}.weight": view for n, view in _expert_views(layer, config).items()})
-    return views
-
-
-def _lightning_views(layer: dict[str, Tensor]) -> dict[str, Tensor]:
-    fused = layer["mixer.qkv_gate"]
-    qkv, gate = fused.split([fused.shape[0] // 4 * 3, fused.shape[0] // 4])
-    return {"qkv_proj": qkv, "output_gate": gate, "norm": layer["mixer.norm"], "out_proj": layer["mixer.out"]}
-
-
-def _softmax_views(layer: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    rows = [heads * config.head_dim for heads in (config.heads, config.key_heads, config.key_heads)]
-    q, k, v = layer["mixer.qkv"].split(rows)
-    return {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": layer["mixer.out"]}
-
-
-def _expert_views(layer: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    views = {"gate": layer["experts.router"]}
-    for expert in range(config.experts):
-        gate, up = layer["experts.gate_up"][expert].split([config.expert_width] * 2)
-        views |= {f"experts.{expert}.w1": gate, f"experts.{expert}.w3": up}
-        views[f"experts.{expert}.w2"] = layer["experts.down"][expert]
-    return views
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -79,16 +43,7 @@ def read_config(path: Path) -> ModelConfig:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}); restore it from its source") from error
-    return ModelConfig.from_hf_config(config)
-
-
-def _weight_files(path: Path) -> list[Path]:
-    missing = missing_weights(path)
-    if missing:
-        raise CheckpointError(
-            f"{path} has no weights ({', '.join(missing[:3])} missing); train them with `cispo sft` or copy them there"
-        )
-    return weight_files(path)
+    return read_hf_config(config)
 
 
 def check_weights(path: Path) -> None:
@@ -98,59 +53,82 @@ def check_weights(path: Path) -> None:
     """
     with torch.device("meta"):
         decoder = Decoder(read_config(path))
-    _refuse_misfits(named_views(decoder), path)
+    _plan(decoder, path)
 
 
+@torch.no_grad()
 def load_tensors(decoder: Decoder, path: Path) -> None:
     """Copy the weights of a policy folder into the decoder, one tensor at a time; errors as of `check_weights`."""
-    views = named_views(decoder)
-    _refuse_misfits(views, path)
-    for file in _weight_files(path):
-        with _opened(file) as tensors:
-            for name in _stored_names(tensors):
-                views[name].copy_(tensors.get_tensor(name))
+    for stored, view in _plan(decoder, path):
+        _read(stored, view)
+    # Writes through views are not counted on the parameters, and packed copies of them are kept by that count.
+    torch.autograd.graph.increment_version(list(decoder.parameters()))
 
 
-def _refuse_misfits(views: Mapping[str, Tensor], path: Path) -> None:
+def _read(stored: StoredTensor, view: Tensor) -> None:
+    """Straight into the parameter's memory where that has the file's dtype, else through one tensor of it."""
+    dtype = _DTYPES[stored.dtype]
+    if stored.start == stored.end:
+        return
+    is_direct = view.device.type == "cpu" and view.dtype is dtype and view.is_contiguous()
+    target = view if is_direct else torch.empty(stored.shape, dtype=dtype)
+    stored.read_into(memoryview(target.view(torch.uint8).numpy().data).cast("B"))
+    if not is_direct:
+        view.copy_(target)
+
+
+def _plan(decoder: Decoder, path: Path) -> list[tuple[StoredTensor, Tensor]]:
+    """Which stored tensor goes where; CheckpointError that names all that do not fit."""
+    missing_files = missing_weights(path)
+    if missing_files:
+        shown = ", ".join(missing_files[:3])
+        raise CheckpointError(
+            f"{path} has no weights ({shown} missing); train them with `cispo sft` or copy them there"
+        )
+    views, others = named_views(decoder), alternatives(decoder)
+    plan: list[tuple[StoredTensor, Tensor]] = []
     mistakes: list[str] = []
     seen: set[str] = set()
-    for file in _weight_files(path):
-        with _opened(file) as tensors:
-            for name in _stored_names(tensors):
-                seen.add(name)
-                if name not in views:
-                    mistakes.append(f"unknown tensor {name}")
-                    continue
-                shape, expected = tensors.get_slice(name).get_shape(), list(views[name].shape)
-                if shape != expected:
-                    mistakes.append(f"{name} has shape {shape}, not {expected}")
+    for stored in (tensor for file in weight_files(path) for tensor in stored_tensors(file)):
+        if is_derived(stored.name):
+            continue
+        view, covered = others.get(stored.name) or (views.get(stored.name), [stored.name])
+        if view is None:
+            if not (stored.name == "lm_head.weight" and decoder.config.tie_embeddings):
+                mistakes.append(f"unknown tensor {stored.name}")
+            continue
+        mistakes += [f"{name} is there twice" for name in covered if name in seen]
+        seen.update(covered)
+        mistakes += _misfits(stored, view)
+        plan.append((stored, view))
     mistakes += [f"{name} is missing" for name in views if name not in seen]
     if mistakes:
         more = len(mistakes) - SHOWN_MISTAKES
         shown = "; ".join(mistakes[:SHOWN_MISTAKES]) + (f"; and {more} more" if more > 0 else "")
         raise CheckpointError(f"{path} does not fit its {CONFIG_NAME}: {shown}; use the weights of this configuration")
+    return plan
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged ({error}); restore it from its source") from error
-
-
-def _stored_names(tensors: Any) -> list[str]:
-    return [name for name in tensors.keys() if not name.endswith(_DERIVED_SUFFIXES)]  # noqa: SIM118 - it is no mapping
+def _misfits(stored: StoredTensor, view: Tensor) -> list[str]:
+    expected = tuple(view.shape)
+    if stored.shape != expected:
+        return [f"{stored.name} has shape {list(stored.shape)}, not {list(expected)}"]
+    if stored.dtype not in _DTYPES:
+        return [f"{stored.name} is of type {stored.dtype}; this version reads {', '.join(_DTYPES)}"]
+    length = math.prod(stored.shape) * _DTYPES[stored.dtype].itemsize
+    if stored.end - stored.start != length:
+        return [f"{stored.name} takes {stored.end - stored.start} bytes, not {length}"]
+    return []
 
 
 def _new_decoder(path: Path, dtype: torch.dtype, device: torch.device | str) -> Decoder:
     """Routers stay float32 whatever the dtype, as MiniMax-M1 stores them."""
-    decoder = Decoder(read_config(path)).to(dtype)
-    for name, parameter in decoder.named_parameters():
-        if name.endswith("experts.router"):
-            parameter.data = parameter.data.float()
-    return decoder.to(device)
+    with torch.device("meta"):
+        decoder = Decoder(read_config(path)).to(dtype)
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("experts.router"):
+                parameter.data = parameter.data.float()
+    return decoder.to_empty(device=device)
 
 
 def load_policy(path: Path, *, dtype: torch.dtype, device: torch.device | str) -> Decoder:
@@ -167,13 +145,46 @@ def initialise_policy(path: Path, *, seed: int, dtype: torch.dtype, device: torc
     return decoder
 
 
-def save_policy(decoder: Decoder, path: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write `config.json` and `model.safetensors` in Hugging Face names; `dtype` other than the decoder's rounds."""
+def save_policy(
+    decoder: Decoder, path: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `config.json` and the weights in Hugging Face names; a `dtype` other than the decoder's rounds.
+
+    What does not fit into one file of shard_bytes goes into several, with an index; a tensor is never split.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, view in named_views(decoder).items():
-        keeps_float32 = name.endswith("block_sparse_moe.gate.weight")
-        tensors[name] = view.detach().to("cpu", view.dtype if dtype is None or keeps_float32 else dtype).contiguous()
-    save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
-    (path / CONFIG_NAME).write_text(json.dumps(decoder.config.to_hf_config(), indent=2) + "\n", encoding="utf-8")
+    views = named_views(decoder)
+    dtypes = {
+        name: view.dtype if dtype is None or name.endswith(ROUTER_SUFFIXES) else dtype for name, view in views.items()
+    }
+    shards = _shards({name: view.numel() * dtypes[name].itemsize for name, view in views.items()}, shard_bytes)
+    files = [WEIGHTS_NAME]
+    if len(shards) > 1:
+        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards, strict=True):
+        tensors = {name: views[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
+        save_file(tensors, path / file, metadata={"format": "pt"})
+    index = path / INDEX_NAME
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(view.numel() * dtypes[name].itemsize for name, view in views.items())
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    else:
+        # An index of an earlier, sharded policy in this folder would hide the file just written.
+        index.unlink(missing_ok=True)
+    (path / CONFIG_NAME).write_text(json.dumps(write_hf_config(decoder.config), indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(sizes_bytes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
+    """Names in their order, cut where the next tensor would go over the limit."""
+    shards: list[list[str]] = [[]]
+    room = limit_bytes
+    for name, size in sizes_bytes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards

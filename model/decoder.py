@@ -1,12 +1,15 @@
-"""The MiniMax-M1 decoder on packed tokens.
+"""The decoder on packed tokens: MiniMax-M1's, and with other settings that of Llama and Qwen.
 
-    n1 = RMSNorm(h);  h = alpha n1 + beta Mixer(n1);  n2 = RMSNorm(h);  h = alpha n2 + beta Experts(n2)
+    n1 = RMSNorm(h);  h = alpha n1 + beta Mixer(n1);  n2 = RMSNorm(h);  h = alpha n2 + beta Experts(n2)        (M1)
+    h = h + Mixer(RMSNorm(h));  h = h + Experts(RMSNorm(h))                                               (the others)
 
-The residual is the *normalised* input (post-norm, as in DeepNorm), so no stream passes a layer unnormalised. Nothing
+M1's residual is the *normalised* input (post-norm, as in DeepNorm), so no stream passes a layer unnormalised. Nothing
 here knows of padding: tokens of all sequences lie one after the other, and `cu_seqlens` says where each begins.
 
 N packed tokens, B sequences, D model width, V vocabulary, E experts, F expert width.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,24 +25,44 @@ from cispo.model.mixers import build_mixer, rotary_table
 
 
 class Experts(nn.Module):
-    """Top-k of E SwiGLU experts, dropless, with a float32 router (M1 report, section 2)."""
+    """Top-k of E SwiGLU experts, dropless, with a float32 router (M1 report, section 2); a dense layer has one."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.experts_per_token = config.experts_per_token
-        self.router = nn.Parameter(torch.empty(config.experts, config.hidden_size, dtype=torch.float32))
-        self.gate_up = nn.Parameter(torch.empty(config.experts, 2 * config.expert_width, config.hidden_size))
-        self.down = nn.Parameter(torch.empty(config.experts, config.hidden_size, config.expert_width))
+        experts, self.experts_per_token, width = config.channel_sizes(layer)
+        self.is_renormalised = config.is_renormalised
+        is_dense = layer in config.dense_layers
+        self.router = None if is_dense else nn.Parameter(torch.empty(experts, config.hidden_size, dtype=torch.float32))
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, config.hidden_size))
+        self.down = nn.Parameter(torch.empty(experts, config.hidden_size, width))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return expert_layer(x_ND, self.router, self.gate_up, self.down, self.experts_per_token)
+        return expert_layer(
+            x_ND, self.router, self.gate_up, self.down, self.experts_per_token, is_renormalised=self.is_renormalised
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """What passes from sublayer to sublayer: the stream that outputs are added to, and its norm, which sublayers read.
+
+    In M1's decoder they are one: the stream is the normalised rows.
+    """
+
+    stream_ND: Tensor
+    x_ND: Tensor
+
+    def select(self, rows_M: Tensor) -> "Rows":
+        """Some of the rows, by index."""
+        x_MD = self.x_ND.index_select(0, rows_M)
+        return Rows(x_MD if self.stream_ND is self.x_ND else self.stream_ND.index_select(0, rows_M), x_MD)
 
 
 class Layer(nn.Module):
-    """A token mixer and a channel mixer, each on the normalised stream.
+    """A token mixer and a channel mixer, each on the normalised rows.
 
     Rows come in normalised by this layer's mixer_norm and leave normalised by `next_norm`, that of the next layer or
-    the final one: a residual is only ever read through a norm, so both are computed in one pass.
+    the final one: what is added up is only ever read through a norm, so both are computed in one pass.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -48,30 +71,41 @@ class Layer(nn.Module):
         self.mixer_alpha = config.lightning_alpha if is_lightning else config.softmax_alpha
         self.mixer_beta = config.lightning_beta if is_lightning else config.softmax_beta
         self.expert_alpha, self.expert_beta = config.expert_alpha, config.expert_beta
-        self.epsilon = config.norm_epsilon
+        self.epsilon, self.is_postnorm = config.norm_epsilon, config.is_postnorm
         self.mixer_norm = nn.Parameter(torch.ones(config.hidden_size))
         self.mixer = build_mixer(config, index)
         self.expert_norm = nn.Parameter(torch.ones(config.hidden_size))
-        self.experts = Experts(config)
+        self.experts = Experts(config, index)
 
     def forward(
         self,
-        x_ND: Tensor,
+        rows: Rows,
         rotary: Tensor,
         grid: ChunkGrid,
         state: State | None,
         target: PrefillTarget | None,
         next_norm: Tensor,
-    ) -> Tensor:
-        return self._channel_mix(x_ND, self.mixer(x_ND, rotary, grid, state, target), next_norm)
+        rows_M: Tensor | None,
+    ) -> Rows:
+        mixed_ND = self.mixer(rows.x_ND, rotary, grid, state, target)
+        if rows_M is not None:
+            rows, mixed_ND = rows.select(rows_M), mixed_ND.index_select(0, rows_M)
+        return self._channel_mix(rows, mixed_ND, next_norm)
 
-    def decode(self, x_BD: Tensor, rotary: Tensor, step: DecodeStep, state: State, next_norm: Tensor) -> Tensor:
-        return self._channel_mix(x_BD, self.mixer.decode(x_BD, rotary, step, state), next_norm)
+    def decode(self, rows: Rows, rotary: Tensor, step: DecodeStep, state: State, next_norm: Tensor) -> Rows:
+        return self._channel_mix(rows, self.mixer.decode(rows.x_ND, rotary, step, state), next_norm)
 
-    def _channel_mix(self, x_ND: Tensor, mixed_ND: Tensor, next_norm: Tensor) -> Tensor:
-        x_ND = residual_norm(x_ND, mixed_ND, self.mixer_alpha, self.mixer_beta, self.expert_norm, self.epsilon)
-        chosen_ND: Tensor = self.experts(x_ND)
-        return residual_norm(x_ND, chosen_ND, self.expert_alpha, self.expert_beta, next_norm, self.epsilon)
+    def _channel_mix(self, rows: Rows, mixed_ND: Tensor, next_norm: Tensor) -> Rows:
+        rows = self._add(rows, mixed_ND, self.mixer_alpha, self.mixer_beta, self.expert_norm)
+        return self._add(rows, self.experts(rows.x_ND), self.expert_alpha, self.expert_beta, next_norm)
+
+    def _add(self, rows: Rows, out_ND: Tensor, alpha: float, beta: float, norm: Tensor) -> Rows:
+        """The stream with a sublayer's output in it, normalised for the next one."""
+        if self.is_postnorm:
+            x_ND = residual_norm(rows.x_ND, out_ND, alpha, beta, norm, self.epsilon)
+            return Rows(x_ND, x_ND)
+        stream_ND = rows.stream_ND + out_ND
+        return Rows(stream_ND, rms_norm(stream_ND, norm, self.epsilon))
 
 
 class Decoder(nn.Module):
@@ -94,13 +128,15 @@ class Decoder(nn.Module):
         return weight
 
     def initialise(self, seed: int) -> None:
-        """Draw every matrix from N(0, initializer_range^2), in order of names; norms keep their ones."""
+        """Draw every matrix from N(0, initializer_range^2), in order of names; norms are ones and biases zeros."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in self.parameters():
+            for name, parameter in self.named_parameters():
                 if parameter.dim() > 1:
                     drawn = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
                     parameter.copy_(drawn)
+                else:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def forward(
         self,
@@ -109,34 +145,38 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor,
         cache: DecodeCache | None = None,
         target: PrefillTarget | None = None,
+        rows_M: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of packed tokens, after the final norm; [N, D] in the weights' dtype.
+        """Hidden states of packed tokens, after the final norm; [N, D] in the weights' dtype, or [M, D].
 
         ids_N: int64 token ids. positions_N: int64 positions, from 0 at the start of each sequence. cu_seqlens: int32
         [B + 1], where each sequence starts and the last one ends. cache and target: leave the state of every sequence
-        there, for `decode` to go on from.
+        there, for `decode` to go on from. rows_M: int64 indices of the tokens whose hidden states are asked for, if not
+        all: what no other token reads of the last layer is computed for these alone.
         """
         grid = chunk_grid(cu_seqlens.diff().tolist(), ids_N.device)
         rotary = self._rotary(max(grid.lengths)).index_select(0, positions_N)
-        first_norm, *next_norms = self._norms()
-        x_ND = rms_norm(F.embedding(ids_N, self.embedding), first_norm, self.config.norm_epsilon)
+        rows, next_norms = self._embed(ids_N)
         for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            x_ND = layer(x_ND, rotary, grid, cache.layers[index] if cache else None, target, next_norm)
-        return x_ND
+            asked = rows_M if index == self.config.layers - 1 else None
+            rows = layer(rows, rotary, grid, cache.layers[index] if cache else None, target, next_norm, asked)
+        return rows.x_ND
 
     def decode(self, ids_B: Tensor, step: DecodeStep, cache: DecodeCache) -> Tensor:
         """Hidden state of one more token of each sequence in slots 0 .. B - 1; [B, D]."""
         rotary = self._rotary(step.positions).index_select(0, step.position_B)
-        first_norm, *next_norms = self._norms()
-        x_BD = rms_norm(F.embedding(ids_B, self.embedding), first_norm, self.config.norm_epsilon)
+        rows, next_norms = self._embed(ids_B)
         for layer, state, next_norm in zip(self.layers, cache.layers, next_norms, strict=True):
             assert isinstance(layer, Layer)
-            x_BD = layer.decode(x_BD, rotary, step, state, next_norm)
-        return x_BD
+            rows = layer.decode(rows, rotary, step, state, next_norm)
+        return rows.x_ND
 
-    def _norms(self) -> list[Tensor]:
-        """The norms that the rows of each layer come in with, and the final one."""
-        return [*(layer.mixer_norm for layer in self.layers if isinstance(layer, Layer)), self.final_norm]
+    def _embed(self, ids_N: Tensor) -> tuple[Rows, list[Tensor]]:
+        """The rows that the first layer reads, and the norm that each layer's rows leave with."""
+        first_norm, *next_norms = [layer.mixer_norm for layer in self.layers if isinstance(layer, Layer)]
+        h_ND = F.embedding(ids_N, self.embedding)
+        x_ND = rms_norm(h_ND, first_norm, self.config.norm_epsilon)
+        return Rows(x_ND if self.config.is_postnorm else h_ND, x_ND), [*next_norms, self.final_norm]
 
     def _rotary(self, positions: int) -> Tensor:
         """The rotary table of at least so many positions; it is kept, and doubled when it is too short."""
@@ -146,7 +186,8 @@ class Decoder(nn.Module):
             # The engine steps in inference mode, and a table made there could take no part in the learner's backward.
             with torch.inference_mode(False):
                 positions_P = torch.arange(length, device=self.embedding.device)
-                table = rotary_table(positions_P, self.config.rotary_dim, self.config.rope_theta)
+                config = self.config
+                table = rotary_table(positions_P, config.rotary_dim, config.rope_theta, config.rope_scaling)
             self._rotary_table = table
         return table
 

@@ -6,6 +6,7 @@ keeps between the two (`state_specs`). A new kind of mixer is one class with the
 N packed tokens, B sequences, D model width, H heads, K key heads, A head dim.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -19,12 +20,12 @@ from cispo.kernels.lightning_attention import (
     lightning_decode,
     lightning_prefill,
 )
-from cispo.kernels.norm import gated_norm
+from cispo.kernels.norm import gated_norm, rms_norm
 from cispo.kernels.product import product
 from cispo.kernels.softmax_attention import softmax_attention, softmax_decode
 from cispo.kernels.softmax_cpu import Pages
 from cispo.model.cache import DecodeStep, PrefillTarget, State, StateSpec
-from cispo.model.config import LIGHTNING, ModelConfig
+from cispo.model.config import LIGHTNING, ModelConfig, RopeScaling
 
 _LIGHTNING_NORM_EPSILON = 1e-6
 """M1's own modelling code uses 1e-6 here and the configured epsilon in every other norm."""
@@ -47,7 +48,7 @@ def lightning_slopes(heads: int, layer: int, layers: int) -> Tensor:
 
     Source: MiniMax-M1's modelling code; H is a power of two there.
     """
-    base_H = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+    base_H = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads)
     return (base_H * (1 - layer / max(layers - 1, 1) + 1e-5)).float()
 
 
@@ -107,15 +108,23 @@ class LightningMixer(nn.Module):
         return self._finish(lightning_decode(qkv, slopes, step.every_B, step.row_B, step.full_rows, *caches), gate)
 
 
-def rotary_table(positions_N: Tensor, rotary_dim: int, theta: float) -> Tensor:
-    """Cosines and sines, float32 [N, 2, rotary_dim / 2]: angle_i = position * theta^(-2i / rotary_dim)."""
+def rotary_table(positions_N: Tensor, rotary_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+    """Cosines and sines, float32 [N, 2, rotary_dim / 2]: angle_i = position * theta^(-2i / rotary_dim), scaled."""
     index = torch.arange(0, rotary_dim, 2, device=positions_N.device, dtype=torch.float64)
-    angle = (positions_N.double().unsqueeze(1) * theta ** (-index / rotary_dim)).float()
+    frequency = theta ** (-index / rotary_dim)
+    if scaling is not None:
+        turns = scaling.original_positions * frequency / (2 * math.pi)
+        fast = ((turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)).clamp(0, 1)
+        frequency = frequency * (fast + (1 - fast) / scaling.factor)
+    angle = (positions_N.double().unsqueeze(1) * frequency).float()
     return torch.stack((angle.cos(), angle.sin()), dim=1)
 
 
 class SoftmaxMixer(nn.Module):
-    """Grouped-query attention with partial rotary embedding; `qkv` holds the rows of q_proj, k_proj and v_proj."""
+    """Grouped-query attention with partial rotary embedding; `qkv` holds the rows of q_proj, k_proj and v_proj.
+
+    Qwen2 adds a bias to the three; Qwen3 normalises each head of queries and keys before it is rotated.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,6 +132,24 @@ class SoftmaxMixer(nn.Module):
         rows = (config.heads + 2 * config.key_heads) * config.head_dim
         self.qkv = nn.Parameter(torch.empty(rows, config.hidden_size))
         self.out = nn.Parameter(torch.empty(config.hidden_size, config.heads * config.head_dim))
+        self.norm_epsilon = config.norm_epsilon
+        self.qkv_bias = nn.Parameter(torch.zeros(rows)) if config.has_qkv_bias else None
+        self.q_norm = nn.Parameter(torch.ones(config.head_dim)) if config.has_qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(config.head_dim)) if config.has_qk_norm else None
+
+    def _project(self, x_ND: Tensor) -> Tensor:
+        """Queries, keys and values of each row, ready to be rotated: [N, (H + 2 K) A]."""
+        qkv = product(x_ND, self.qkv)
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        rows = [heads * self.head_dim for heads in (self.heads, self.key_heads, self.key_heads)]
+        q, k, v = qkv.split(rows, dim=-1)
+        return torch.cat((self._head_norm(q, self.q_norm), self._head_norm(k, self.k_norm), v), dim=-1)
+
+    def _head_norm(self, x_NX: Tensor, weight_A: Tensor) -> Tensor:
+        return rms_norm(x_NX.reshape(-1, self.head_dim), weight_A, self.norm_epsilon).view(x_NX.shape)
 
     def state_specs(self) -> list[StateSpec]:
         keys, values = (self.head_dim, CHUNK_LENGTH), (CHUNK_LENGTH, self.head_dim)
@@ -137,13 +164,12 @@ class SoftmaxMixer(nn.Module):
         pages = None
         if state is not None and target is not None:
             pages = Pages(state["k_pages"], state["v_pages"], target.pages_BJ)
-        qkv = product(x_ND, self.qkv)
-        out = softmax_attention(qkv, rotary_NA, self.heads, self.key_heads, grid, pages)
+        out = softmax_attention(self._project(x_ND), rotary_NA, self.heads, self.key_heads, grid, pages)
         return product(out.to(x_ND.dtype), self.out)
 
     def decode(self, x_BD: Tensor, rotary_BA: Tensor, step: DecodeStep, state: State) -> Tensor:
         pages = Pages(state["k_pages"], state["v_pages"], step.page_BJ)
-        qkv = product(x_BD, self.qkv)
+        qkv = self._project(x_BD)
         out = softmax_decode(qkv, rotary_BA, self.heads, self.key_heads, pages, step.position_B, step.active)
         return product(out.to(x_BD.dtype), self.out)
 

@@ -6,7 +6,7 @@ template. Ids that came from the policy are never re-encoded from text.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ import jinja2.sandbox
 import tokenizers
 
 from cispo.errors import CheckpointError
+from cispo.model.text_stream import TextDecoder, encode_pieces
+
+Message = Mapping[str, Any]
+"""`role` (system, user, assistant, tool) and `content`, as text or as the list of parts that some templates ask for."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -31,6 +35,7 @@ class Tokenizer:
     _tokenizer: tokenizers.Tokenizer
     _template: jinja2.Template
     _special: dict[str, str]
+    _takes_parts: bool
     eos_id: int
     path: Path
 
@@ -51,13 +56,14 @@ class Tokenizer:
             raise CheckpointError(f"{path / TOKENIZER_FILES[1]} names no eos_token of the vocabulary; add it")
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_exception
+        environment.filters["tojson"] = _to_json
         try:
             template = environment.from_string(config["chat_template"])
         except jinja2.TemplateError as error:
             raise CheckpointError(
                 f"the chat_template of {path / TOKENIZER_FILES[1]} is no Jinja template ({error}); restore it"
             ) from error
-        return cls(tokenizer, template, special, int(eos_id), path)
+        return cls(tokenizer, template, special, _takes_parts(template, special), int(eos_id), path)
 
     @property
     def vocabulary_size(self) -> int:
@@ -71,25 +77,64 @@ class Tokenizer:
         """Text of the ids; special tokens are dropped."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def encode_stream(self, pieces: Iterable[str]) -> Iterator[list[int]]:
+        """The ids of the text that the pieces make up, in lists, without holding all of it."""
+        return encode_pieces(self._tokenizer, pieces)
+
+    def text_decoder(self) -> TextDecoder:
+        """A decoder of ids as they come, which never splits a character."""
+        return TextDecoder(self._tokenizer)
+
     def render_prompt(self, text: str) -> list[int]:
         """Token ids of one user message in the chat template, up to where the policy's answer begins.
 
         CheckpointError when the template refuses the message or fails on it.
         """
-        message = {"role": "user", "content": text}
+        return self.encode(self.render_messages([{"role": "user", "content": text}]))
+
+    def render_messages(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """A conversation as text in the chat template, up to where the policy's answer begins.
+
+        tools: JSON schemas of functions the policy may call, for templates that know of tools. Templates that read
+        content as a list of parts (MiniMax-M1's) get it as one. CheckpointError when the template fails on a message.
+        """
+        if self._takes_parts:
+            messages = [_with_parts(message) for message in messages]
         try:
-            rendered = self._template.render(messages=[message], add_generation_prompt=True, **self._special)
+            return self._template.render(messages=messages, tools=tools, add_generation_prompt=True, **self._special)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(
-                f"the chat_template of {self.path / TOKENIZER_FILES[1]} fails on a user message ({error}); mend it"
+                f"the chat_template of {self.path / TOKENIZER_FILES[1]} fails on a message ({error}); mend it"
             ) from error
-        return self.encode(rendered)
 
     def save(self, path: Path | str) -> None:
         """Copy the tokenizer's files into another policy folder."""
         for name in TOKENIZER_FILES:
             if (self.path / name).resolve() != (Path(path) / name).resolve():
                 shutil.copyfile(self.path / name, Path(path) / name)
+
+
+def _takes_parts(template: jinja2.Template, special: Mapping[str, str]) -> bool:
+    """Whether a template reads `content` as a list of {"type": "text", "text": ...} rather than as text."""
+    probe: Message = {"role": "user", "content": "probe"}
+
+    def shows(message: Message) -> bool:
+        try:
+            return "probe" in template.render(messages=[message], add_generation_prompt=True, **special)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError):
+            return False
+
+    return not shows(probe) and shows(_with_parts(probe))
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+    """As chat templates mean it; the template library's own escapes what would be unsafe within HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+
+def _with_parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cispo.data import DataSettings, check_data
 from cispo.errors import CheckpointError, CispoError
-from cispo.model.config import ModelConfig
+from cispo.model.families import read_hf_config
 from cispo.model.weight_files import missing_weights
 from cispo.recipe.document import SettingPath
 from cispo.recipe.schema import TrainRecipe
@@ -89,7 +89,7 @@ def _read_config(file: Path) -> None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CispoError(f"{file} is not valid JSON ({error}); restore it from its source") from error
-    ModelConfig.from_hf_config(config)
+    read_hf_config(config)
 
 
 def _data_mistakes(path: SettingPath, data: DataSettings, base_path: Path, columns: Sequence[str]) -> list[FileMistake]:

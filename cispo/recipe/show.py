@@ -1,7 +1,5 @@
 """What `--dry-run` prints: every setting with the place it comes from, and what the run will do and need."""
 
-import json
-import struct
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from cispo.model.weight_files import weight_files
+from cispo.model.weight_files import stored_tensors, weight_files
 from cispo.recipe.document import SectionNode, SettingPath
 from cispo.recipe.load import LoadedRecipe
 from cispo.recipe.schema import TrainRecipe
@@ -62,14 +60,7 @@ def sft_plan(recipe: SftRecipe) -> str:
 
 def count_parameters(folder: Path) -> int:
     """Parameters of a policy folder, from the headers of its safetensors files; no weights are read."""
-    return sum(prod(tensor["shape"]) for file in weight_files(folder) for tensor in _header(file))
-
-
-def _header(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    return (tensor for name, tensor in header.items() if name != "__metadata__")
+    return sum(prod(tensor.shape) for file in weight_files(folder) for tensor in stored_tensors(file))
 
 
 def _memory_rows(recipe: TrainRecipe) -> list[tuple[str, str]]:

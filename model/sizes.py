@@ -1,0 +1,109 @@
+"""What a model of a configuration holds and costs: parameters, operations and state, counted and not measured.
+
+An operation count is of multiplications and additions apart (2 a multiply-add); norms, activations, softmax and rotary
+angles are left out, as is usual. Lengths are in tokens. Loads no torch.
+"""
+
+from dataclasses import dataclass, replace
+
+from cispo.model.config import LIGHTNING, SOFTMAX, ModelConfig
+
+CHUNK_LENGTH = 64
+STATE_BYTES = 4
+"""States of lightning layers are float32 whatever the weights are."""
+
+PRESETS = {
+    "minimax-m1": ModelConfig(
+        vocabulary_size=200_064,
+        hidden_size=6144,
+        mixers=((LIGHTNING,) * 7 + (SOFTMAX,)) * 10,
+        heads=64,
+        key_heads=8,
+        head_dim=128,
+        rotary_dim=64,
+        rope_theta=1e7,
+        expert_width=9216,
+        experts=32,
+        experts_per_token=2,
+        norm_epsilon=1e-5,
+        lightning_alpha=160**0.25,
+        lightning_beta=1.0,
+        softmax_alpha=160**0.25,
+        softmax_beta=1.0,
+        expert_alpha=160**0.25,
+        expert_beta=1.0,
+        initializer_range=0.02,
+        tie_embeddings=False,
+        max_positions=10_240_000,
+    )
+}
+"""Sizes that are known by name; MiniMax-M1's are those of its report (arXiv 2506.13585) and released configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """total: of the checkpoint. active: what a token meets but embedding and LM head, as M1's report counts."""
+
+    total: int
+    active: int
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Counts from the configuration alone."""
+    total = active = config.hidden_size
+    for layer in range(config.layers):
+        mixer = _mixer_parameters(config, config.mixers[layer])
+        experts, per_token, width = config.channel_sizes(layer)
+        router = 0 if layer in config.dense_layers else experts * config.hidden_size
+        shared = mixer + router + 2 * config.hidden_size
+        total += shared + experts * 3 * config.hidden_size * width
+        active += shared + per_token * 3 * config.hidden_size * width
+    embeddings = config.vocabulary_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    return Parameters(total + embeddings, active)
+
+
+def _mixer_parameters(config: ModelConfig, mixer: str) -> int:
+    inner = config.heads * config.head_dim
+    if mixer == LIGHTNING:
+        return 5 * inner * config.hidden_size + inner
+    qkv = (config.heads + 2 * config.key_heads) * config.head_dim
+    extra = qkv * config.has_qkv_bias + 2 * config.head_dim * config.has_qk_norm
+    return (qkv + inner) * config.hidden_size + extra
+
+
+def generation_flops(config: ModelConfig, length: int) -> float:
+    """Operations to generate a completion of this length, token by token, from an empty prompt."""
+    products = 2.0 * (_product_parameters(config) + config.vocabulary_size * config.hidden_size)
+    # Each token decays, updates and reads a D x D state in every lightning head.
+    lightning = config.mixers.count(LIGHTNING) * config.heads * 5.0 * config.head_dim**2
+    softmax = config.mixers.count(SOFTMAX) * 4.0 * config.heads * config.head_dim
+    return (products + lightning) * length + softmax * length * length / 2
+
+
+def _product_parameters(config: ModelConfig) -> int:
+    """Weights of the matrix products that a token takes part in: all that are active but norms and biases."""
+    lightning, softmax = config.mixers.count(LIGHTNING), config.mixers.count(SOFTMAX)
+    qkv = (config.heads + 2 * config.key_heads) * config.head_dim
+    vectors = (
+        (1 + 2 * config.layers) * config.hidden_size
+        + lightning * config.heads * config.head_dim
+        + softmax * (qkv * config.has_qkv_bias + 2 * config.head_dim * config.has_qk_norm)
+    )
+    return parameters(config).active - vectors
+
+
+def state_bytes(config: ModelConfig, length: int, *, key_bytes: int) -> int:
+    """What one sequence of this length keeps for decoding: states and up to a chunk of recent rows, and pages of keys.
+
+    key_bytes: bytes of one number of a softmax layer's keys and values.
+    """
+    per_head = config.head_dim**2 + 2 * CHUNK_LENGTH * config.head_dim
+    lightning = config.mixers.count(LIGHTNING) * config.heads * per_head * STATE_BYTES
+    softmax = config.mixers.count(SOFTMAX) * 2 * config.key_heads * config.head_dim * key_bytes
+    pages = -(-length // CHUNK_LENGTH) * CHUNK_LENGTH
+    return lightning + softmax * pages
+
+
+def softmax_twin(config: ModelConfig) -> ModelConfig:
+    """The same sizes with softmax attention in every layer: what the lightning layers are there to avoid."""
+    return replace(config, mixers=(SOFTMAX,) * config.layers)
