@@ -98,7 +98,7 @@ def _common(config: Json) -> dict[str, Any]:
         "vocabulary_size": int(config["vocab_size"]),
         "hidden_size": int(config["hidden_size"]),
         "heads": heads,
-        "key_heads": int(config["num_key_value_heads"] or heads),
+        "key_heads": heads if config["num_key_value_heads"] is None else int(config["num_key_value_heads"]),
         "head_dim": head_dim,
         "rotary_dim": head_dim,
         "rope_theta": theta,

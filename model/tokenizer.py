@@ -103,8 +103,9 @@ class Tokenizer:
         try:
             return self._template.render(messages=messages, tools=tools, add_generation_prompt=True, **self._special)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages))
             raise CheckpointError(
-                f"the chat_template of {self.path / TOKENIZER_FILES[1]} fails on a message ({error}); mend it"
+                f"the chat_template of {self.path / TOKENIZER_FILES[1]} fails on a {roles} message ({error}); mend it"
             ) from error
 
     def save(self, path: Path | str) -> None:

@@ -148,7 +148,7 @@ CASES: dict[str, tuple[Break, list[str], str]] = {
     "index that is none": (write("policy/model.safetensors.index.json", "{}"), [], "is no index of weights (KeyError"),
     "config that is a list": (write("policy/config.json", "[]"), [], "config.json holds list, not an object of keys"),
     "config of text": (configure(hidden_size="wide"), [], "config.json holds a value of the wrong kind ("),
-    "config of no model": (configure(num_experts_per_tok=9), [], "num_experts_per_tok is 9 of 4 num_local_experts"),
+    "config of no model": (configure(num_experts_per_tok=9), [], "num_experts_per_tok is 9 of 4 experts"),
     "negative size": (configure(num_key_value_heads=0), [], "num_key_value_heads is 0, must be at least 1"),
     "tokenizer that is none": (write("policy/tokenizer.json", '{"broken'), [], "tokenizer.json is no tokenizer ("),
     "tokenizer settings": (write("policy/tokenizer_config.json", "{,"), [], "tokenizer_config.json is not valid JSON"),

@@ -21,13 +21,13 @@ def share_of_small_letters(text: str) -> float:
     return sum(character.islower() and character.isascii() for character in text) / max(1, len(text))
 
 
-@pytest.mark.parametrize(
-    ("objective", "gain"),
-    [(CispoSettings(), 0.25), (GrpoSettings(), 0.1), (DapoSettings(), 0.1)],
-    ids=["cispo", "grpo", "dapo"],
-)
-def test_the_reward_rises(small_policy_folder: Path, objective: ObjectiveSettings, gain: float) -> None:
-    """Clipping baselines are given less to reach: with several updates a batch they stop early, as the paper says."""
+STEPS = 16
+GAIN = 0.4
+"""Of four seeds, the slowest gains 0.87 with cispo, 0.50 with grpo and 0.78 with dapo."""
+
+
+@pytest.mark.parametrize("objective", [CispoSettings(), GrpoSettings(), DapoSettings()], ids=["cispo", "grpo", "dapo"])
+def test_the_reward_rises(small_policy_folder: Path, objective: ObjectiveSettings) -> None:
     decoder = load_policy(small_policy_folder, dtype=torch.float32, device="cpu")
     engine = Engine(
         decoder,
@@ -43,11 +43,11 @@ def test_the_reward_rises(small_policy_folder: Path, objective: ObjectiveSetting
         settings=LearnerSettings(learning_rate=3e-3, updates_per_step=4),
         temperature=1.0,
         max_completion_tokens=12,
-        total_updates=40,
+        total_updates=4 * STEPS,
         seed=0,
     )
     means = []
-    for step in range(1, 11):
+    for step in range(1, STEPS + 1):
         for prompt in PROMPTS:
             engine.submit(GroupRequest(prompt, 16, 1.0, stream=str(step)))
         while not engine.is_idle:
@@ -61,4 +61,4 @@ def test_the_reward_rises(small_policy_folder: Path, objective: ObjectiveSetting
         assert metrics["policy/mismatch/max"] == 0.0
         engine.policy_version = learner.policy_version
     assert means[0] < 0.35
-    assert means[-1] > means[0] + gain, means
+    assert means[-1] > means[0] + GAIN, means
