@@ -1,7 +1,8 @@
 """Text to token ids and back, and the chat rendering of a prompt, from a policy folder's own files.
 
 `tokenizer.json` holds the vocabulary; `tokenizer_config.json` names the end-of-sequence token and the Jinja chat
-template. Ids that came from the policy are never re-encoded from text.
+template, which may also be a file of its own, `chat_template.jinja`. Ids that came from the policy are never re-encoded
+from text.
 """
 
 import json
@@ -22,6 +23,7 @@ Message = Mapping[str, Any]
 """`role` (system, user, assistant, tool) and `content`, as text or as the list of parts that some templates ask for."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 def _raise_exception(message: str) -> None:
@@ -34,6 +36,7 @@ class Tokenizer:
 
     _tokenizer: tokenizers.Tokenizer
     _template: jinja2.Template
+    _template_place: Path
     _special: dict[str, str]
     _takes_parts: bool
     eos_id: int
@@ -41,14 +44,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read both files of a policy folder; CheckpointError names what is missing and what to do."""
+        """Read the files of a policy folder; CheckpointError names what is missing and what to do."""
         path = Path(path)
         missing = [name for name in TOKENIZER_FILES if not (path / name).is_file()]
         if missing:
             raise CheckpointError(f"{path} has no {' and no '.join(missing)}; copy the tokenizer of the policy there")
         config = _read_object(path / TOKENIZER_FILES[1])
-        if not isinstance(config.get("chat_template"), str):
-            raise CheckpointError(f"{path / TOKENIZER_FILES[1]} has no chat_template as text; add the policy's own")
+        place, source = _template_source(path, config)
         tokenizer = _read_vocabulary(path / TOKENIZER_FILES[0])
         special = {key: _token_text(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
         eos_id = tokenizer.token_to_id(special.get("eos_token", ""))
@@ -58,12 +60,10 @@ class Tokenizer:
         environment.globals["raise_exception"] = _raise_exception
         environment.filters["tojson"] = _to_json
         try:
-            template = environment.from_string(config["chat_template"])
+            template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise CheckpointError(
-                f"the chat_template of {path / TOKENIZER_FILES[1]} is no Jinja template ({error}); restore it"
-            ) from error
-        return cls(tokenizer, template, special, _takes_parts(template, special), int(eos_id), path)
+            raise CheckpointError(f"the chat_template of {place} is no Jinja template ({error}); restore it") from error
+        return cls(tokenizer, template, place, special, _takes_parts(template, special), int(eos_id), path)
 
     @property
     def vocabulary_size(self) -> int:
@@ -105,14 +105,29 @@ class Tokenizer:
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages))
             raise CheckpointError(
-                f"the chat_template of {self.path / TOKENIZER_FILES[1]} fails on a {roles} message ({error}); mend it"
+                f"the chat_template of {self._template_place} fails on a {roles} message ({error}); mend it"
             ) from error
 
     def save(self, path: Path | str) -> None:
         """Copy the tokenizer's files into another policy folder."""
-        for name in TOKENIZER_FILES:
-            if (self.path / name).resolve() != (Path(path) / name).resolve():
+        for name in (*TOKENIZER_FILES, TEMPLATE_FILE):
+            if (self.path / name).is_file() and (self.path / name).resolve() != (Path(path) / name).resolve():
                 shutil.copyfile(self.path / name, Path(path) / name)
+
+
+def _template_source(path: Path, config: Mapping[str, Any]) -> tuple[Path, str]:
+    """The chat template and the file it stands in: its own, or the settings, as text or as a list of named ones."""
+    if (path / TEMPLATE_FILE).is_file():
+        return path / TEMPLATE_FILE, (path / TEMPLATE_FILE).read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if not isinstance(template, str):
+        raise CheckpointError(
+            f"{path} has no {TEMPLATE_FILE} and its {TOKENIZER_FILES[1]} no chat_template as text; add the policy's own"
+        )
+    return path / TOKENIZER_FILES[1], template
 
 
 def _takes_parts(template: jinja2.Template, special: Mapping[str, str]) -> bool:

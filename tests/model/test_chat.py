@@ -42,6 +42,22 @@ def test_a_template_that_reads_text_gets_text() -> None:
     assert Tokenizer.load(TINY).render_messages([{"role": "user", "content": "hi"}]) == "<|bos|><|user|>hi<|assistant|>"
 
 
+def test_a_template_may_be_a_file_of_its_own_or_one_of_several(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    (tmp_path / "settings").mkdir()
+    named = [{"name": "default", "template": "D {{ messages[0].content }}"}]
+    settings = {"eos_token": "<|end|>", "chat_template": named}
+    folder = tmp_path / "settings"
+    shutil.copy(TINY / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert Tokenizer.load(folder).render_messages(messages) == "D hi"
+    (folder / "chat_template.jinja").write_text("F {{ messages[0].content }}", encoding="utf-8")
+    tokenizer = Tokenizer.load(folder)
+    (tmp_path / "copy").mkdir()
+    tokenizer.save(tmp_path / "copy")
+    assert Tokenizer.load(tmp_path / "copy").render_messages(messages) == "F hi" == tokenizer.render_messages(messages)
+
+
 def test_a_template_that_fails_is_named(tmp_path: Path) -> None:
     tokenizer = with_template(tmp_path, "{{ raise_exception('no system message') }}")
     with pytest.raises(CheckpointError, match="no system message"):
