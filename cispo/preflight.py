@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cispo.devices import resolve_device
 from cispo.errors import CheckpointError, DataError
+from cispo.kernels.cpu_library import prepare
 from cispo.model.checkpoint import check_weights, read_config
 from cispo.model.tokenizer import Tokenizer
 from cispo.recipe.schema import TrainRecipe
@@ -35,7 +36,9 @@ def check_start(
     _refuse_long_prompts(tokenizer, (*(prompts or ()), *heldout), recipe.rollout.max_prompt_tokens)
     if recipe.ray.address is None:
         # The actors will run on this machine; of another cluster's machines nothing can be told from here.
-        resolve_device(recipe.policy.device)
+        device = resolve_device(recipe.policy.device)
+        if device.type == "cpu" and recipe.policy.dtype == "float32":
+            prepare()
         if any(reward.takes("judge") for reward in load_rewards(recipe.rewards, recipe.base_path)):
             check_backend(recipe.sandbox.backend)
 

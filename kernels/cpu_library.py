@@ -7,6 +7,7 @@ where there is no C++ compiler; the two differ in rounding, so a run must not sw
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -19,13 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cispo.errors import CispoError
+
 SOURCES = Path(__file__).resolve().parent / "cpu"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC")
 _CHOICE = "CISPO_CPU_KERNELS"
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
-class CpuKernelError(RuntimeError):
+class CpuKernelError(CispoError, RuntimeError):
     """The CPU kernels cannot be compiled here, or are asked for by a name that does not exist."""
 
 
@@ -65,26 +68,33 @@ def _processor() -> str:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cispo" / "cpu_kernels"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cispo" / "cpu_kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CpuKernelError(
+            f"the compiled CPU kernels cannot be kept in {folder} ({error}); name a folder in XDG_CACHE_HOME"
+        ) from error
+    return folder
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
+        said = " ".join(done.stderr.split())[:400]
         raise CpuKernelError(
-            f"compiling the CPU kernels failed; set {_CHOICE}=plain to go on without them\n"
-            f"{' '.join(command)}\n{done.stderr[-2000:]}"
+            f"compiling the CPU kernels failed with exit code {done.returncode}: {' '.join(command)}: {said}; name "
+            f"another compiler in CXX, or set {_CHOICE}=plain to go on without them"
         )
+    return done.stdout
 
 
 def _compile() -> Path:
     """The compiled library, made if this processor, compiler and source have not met before."""
     compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     headers = "".join(path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.h")))
-    basis = "\0".join((version, _processor(), *FLAGS, headers))
+    basis = "\0".join((_run([compiler, "--version"]), _processor(), *FLAGS, headers))
     folder = _cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     objects = {}
     for source in sorted(SOURCES.glob("*.cpp")):
         key = hashlib.sha256((basis + source.read_text(encoding="utf-8")).encode()).hexdigest()[:16]
@@ -93,8 +103,17 @@ def _compile() -> Path:
     library = folder / f"cispo-{key}.so"
     if library.exists():
         return library
-    # Others may compile the same at the same time: each writes its own files and renames them into place.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+    # A run's actors start together: the first compiles, the others wait for it.
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(compiler, objects, library)
+    return library
+
+
+def _build(compiler: str, objects: dict[Path, Path], library: Path) -> None:
+    """Compile the sources whose objects are missing, and link. Every file appears by rename, so none is half made."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         missing = [(source, path) for source, path in objects.items() if not path.exists()]
         made = [Path(scratch) / path.name for _, path in missing]
         commands = [
@@ -107,12 +126,17 @@ def _compile() -> Path:
         linked = Path(scratch) / library.name
         _run([compiler, "-shared", "-fopenmp", *map(str, objects.values()), "-o", str(linked)])
         linked.replace(library)
-    return library
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(_compile()))
+
+
+def prepare() -> None:
+    """Compile and load the kernels now, where they are switched on; CpuKernelError says what stands in the way."""
+    if _is_chosen():
+        _library()
 
 
 class CpuFunction:
