@@ -40,8 +40,8 @@ class Crew:
         self._wait_until_ready()
 
     def _start(self, role: type, name: str, *arguments: Any) -> Any:
-        # Threads spin from one kernel to the next, some microseconds, and sleep beyond: an actor that waits burns no core
-        # of another's. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) made a step a quarter slower.
+        # Threads spin from one kernel to the next, some microseconds, and sleep beyond: an actor that waits burns no
+        # core of another's. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) made a step a quarter slower.
         threads = {"GOMP_SPINCOUNT": "20000", "TOKENIZERS_PARALLELISM": "false"}
         gpus = self._gpus_of(name)
         actor: Any = ray.remote(role)
