@@ -156,12 +156,13 @@ class CpuFunction:
         function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
     def _resolve(self) -> "ctypes._NamedFuncPointer":
-        function = getattr(_library(), f"cispo_{self._name}", None)
-        if function is None:
-            raise CpuKernelError(f"the CPU kernels have no function {self._name}")
+        try:
+            function = _library()[f"cispo_{self._name}"]
+        except AttributeError as error:
+            raise CpuKernelError(f"the CPU kernels have no function {self._name}") from error
         function.argtypes, function.restype = self._types, None
         self._function = function
-        return function  # type: ignore[no-any-return]
+        return function
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def loop(x_ND: Tensor, router_ED: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor,
 
 
 def with_gradients(form: Form, tensors: list[Tensor], experts_per_token: int) -> tuple[Tensor, ...]:
-    out = form(*tensors, experts_per_token)  # type: ignore[call-arg]
+    x, router, gate_up, down = tensors
+    out = form(x, router, gate_up, down, experts_per_token)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     return out, *torch.autograd.grad((out * weight).sum(), tensors)
 

@@ -149,6 +149,7 @@ NEIGHBOURS = {
     "loop": ("def f(n):\n    while n == 1: pass\n    return n", VerdictStatus.TIMEOUT),
     "deep": ("def f(n): return f(n)", VerdictStatus.RUNTIME_ERROR),
     "memory": ("def f(n): return len(bytearray(400 << 20))", VerdictStatus.MEMORY_LIMIT),
+    # A bomb goes on when it is refused: that is what makes it one.
     "bomb": (
         "import os\ndef f(n):\n    while True:\n        try: os.fork()\n        except OSError: pass",
         VerdictStatus.TIMEOUT,
