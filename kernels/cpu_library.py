@@ -25,7 +25,8 @@ from cispo.errors import CispoError
 SOURCES = Path(__file__).resolve().parent / "cpu"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC")
 _CHOICE = "CISPO_CPU_KERNELS"
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_Type = type[ctypes.c_void_p] | type[ctypes.c_int64] | type[ctypes.c_float]
+_TYPES: dict[str, _Type] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 class CpuKernelError(CispoError, RuntimeError):
@@ -146,7 +147,8 @@ class CpuFunction:
     """
 
     def __init__(self, name: str, signature: str) -> None:
-        self._name, self._types = name, tuple(_TYPES[letter] for letter in signature)
+        self._name = name
+        self._types: tuple[_Type, ...] = tuple(_TYPES[letter] for letter in signature)
         self._function: ctypes._NamedFuncPointer | None = None
 
     def __call__(self, *arguments: Tensor | int | float | None) -> None:
