@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA: each serves what its plain-PyTorch twin in the folder above defines."""
