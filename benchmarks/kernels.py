@@ -65,7 +65,8 @@ def main() -> None:
     machine = measure_machine()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: copy", end=" ")
     print(f"{machine.copy_bytes_per_s / 1e12:.2f} TB/s, products {machine.products_flops_per_s / 1e12:.0f} TFLOP/s")
-    print("| work | floor ms | cispo ms | x floor | to reach | error | peers ms (peer / cispo) |\n|---|---|---|---|---|---|---|")
+    print("| work | floor ms | cispo ms | x floor | to reach ms | error | peers ms (peer / cispo) |")
+    print("|---|---|---|---|---|---|---|")
     for case in cases():
         if not only or any(part in case.name for part in only):
             print(run(case, machine), flush=True)
