@@ -143,23 +143,26 @@ class Decoder(nn.Module):
         ids_N: Tensor,
         positions_N: Tensor,
         cu_seqlens: Tensor,
-        cache: DecodeCache | None = None,
-        target: PrefillTarget | None = None,
+        cache: PrefillTarget | None = None,
         rows_M: Tensor | None = None,
     ) -> Tensor:
         """Hidden states of packed tokens, after the final norm; [N, D] in the weights' dtype, or [M, D].
 
         ids_N: int64 token ids. positions_N: int64 positions, from 0 at the start of each sequence. cu_seqlens: int32
-        [B + 1], where each sequence starts and the last one ends. cache and target: leave the state of every sequence
-        there, for `decode` to go on from. rows_M: int64 indices of the tokens whose hidden states are asked for, if not
-        all: what no other token reads of the last layer is computed for these alone.
+        [B + 1], where each sequence starts and the last one ends. cache: what `DecodeCache.extend` gave for these
+        lengths; then what is packed are pieces, which go on from what the cache holds of their sequences and leave
+        there what the next piece, or `decode`, goes on from. rows_M: int64 indices of the tokens whose hidden states
+        are asked for, if not all: what no other token reads of the last layer is computed for these alone.
         """
-        grid = chunk_grid(cu_seqlens.diff().tolist(), ids_N.device)
-        rotary = self._rotary(max(grid.lengths)).index_select(0, positions_N)
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("a forward that goes on from a cache has no gradients; call it under torch.no_grad()")
+        grid = chunk_grid(cu_seqlens.diff().tolist(), ids_N.device, cache.starts if cache else None)
+        ends = map(sum, zip(grid.starts, grid.lengths, strict=True))
+        rotary = self._rotary(max(ends)).index_select(0, positions_N)
         rows, next_norms = self._embed(ids_N)
         for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             asked = rows_M if index == self.config.layers - 1 else None
-            rows = layer(rows, rotary, grid, cache.layers[index] if cache else None, target, next_norm, asked)
+            rows = layer(rows, rotary, grid, cache.layers[index] if cache else None, cache, next_norm, asked)
         return rows.x_ND
 
     def decode(self, ids_B: Tensor, step: DecodeStep, cache: DecodeCache) -> Tensor:
