@@ -109,7 +109,10 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids in, final hidden states out; logits only where they are asked for."""
+    """Token ids in, final hidden states out; logits only where they are asked for.
+
+    trained_ids: ids from here on have no trained row; all have one unless the policy's tokenizer ends before.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -118,14 +121,27 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.final_norm = nn.Parameter(torch.ones(config.hidden_size))
         self._rotary_table: Tensor | None = None
+        self._trained_rows: Tensor | None = None
+        self.trained_ids = config.vocabulary_size
         if not config.tie_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocabulary_size, config.hidden_size))
 
     @property
     def head_weight(self) -> Tensor:
-        """The LM head [V, D]; the embedding itself where they are tied."""
+        """The rows of the LM head that training has reached, [trained_ids, D]; the embedding's where they are tied.
+
+        Embeddings are padded to round sizes. The rows past the tokenizer's last id hold zeros or noise, and would take
+        part in every softmax: neither sampling nor the learner sees them.
+        """
         weight: Tensor = self.embedding if self.config.tie_embeddings else self.head
-        return weight
+        if self.trained_ids == self.config.vocabulary_size:
+            return weight
+        if torch.is_grad_enabled():
+            return weight[: self.trained_ids]
+        # One object as long as the weight lives: what is packed for the CPU kernels is kept by the tensor's identity.
+        if self._trained_rows is None or self._trained_rows.data_ptr() != weight.data_ptr():
+            self._trained_rows = weight.detach()[: self.trained_ids]
+        return self._trained_rows
 
     def initialise(self, seed: int) -> None:
         """Draw every matrix from N(0, initializer_range^2), in order of names; norms are ones and biases zeros."""
@@ -195,8 +211,9 @@ class Decoder(nn.Module):
         return table
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Float32 logits [N, V]."""
-        return head_logits(hidden_ND, self.head_weight)
+        """Float32 logits [N, V]; -inf for ids without a trained row."""
+        trained_NV = head_logits(hidden_ND, self.head_weight)
+        return F.pad(trained_NV, (0, self.config.vocabulary_size - self.trained_ids), value=float("-inf"))
 
     def new_cache(self, *, capacity: int, max_tokens: int) -> DecodeCache:
         """An empty cache for `capacity` sequences of up to `max_tokens` tokens, on the weights' device."""
