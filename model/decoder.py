@@ -22,6 +22,7 @@ from cispo.kernels.norm import residual_norm, rms_norm
 from cispo.model.cache import DecodeCache, DecodeStep, PrefillTarget, State
 from cispo.model.config import LIGHTNING, ModelConfig
 from cispo.model.mixers import build_mixer, rotary_table
+from cispo.model.routing import LayerRouting, RoutingControl
 
 
 class Experts(nn.Module):
@@ -36,9 +37,16 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, config.hidden_size))
         self.down = nn.Parameter(torch.empty(experts, config.hidden_size, width))
 
-    def forward(self, x_ND: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, routing: LayerRouting | None = None) -> Tensor:
         return expert_layer(
-            x_ND, self.router, self.gate_up, self.down, self.experts_per_token, is_renormalised=self.is_renormalised
+            x_ND,
+            self.router,
+            self.gate_up,
+            self.down,
+            self.experts_per_token,
+            is_renormalised=self.is_renormalised,
+            threshold_N=routing.threshold_N if routing else None,
+            observe=routing.observe if routing else None,
         )
 
 
@@ -86,18 +94,27 @@ class Layer(nn.Module):
         target: PrefillTarget | None,
         next_norm: Tensor,
         rows_M: Tensor | None,
+        routing: LayerRouting | None,
     ) -> Rows:
         mixed_ND = self.mixer(rows.x_ND, rotary, grid, state, target)
         if rows_M is not None:
             rows, mixed_ND = rows.select(rows_M), mixed_ND.index_select(0, rows_M)
-        return self._channel_mix(rows, mixed_ND, next_norm)
+        return self._channel_mix(rows, mixed_ND, next_norm, routing)
 
-    def decode(self, rows: Rows, rotary: Tensor, step: DecodeStep, state: State, next_norm: Tensor) -> Rows:
-        return self._channel_mix(rows, self.mixer.decode(rows.x_ND, rotary, step, state), next_norm)
+    def decode(
+        self,
+        rows: Rows,
+        rotary: Tensor,
+        step: DecodeStep,
+        state: State,
+        next_norm: Tensor,
+        routing: LayerRouting | None,
+    ) -> Rows:
+        return self._channel_mix(rows, self.mixer.decode(rows.x_ND, rotary, step, state), next_norm, routing)
 
-    def _channel_mix(self, rows: Rows, mixed_ND: Tensor, next_norm: Tensor) -> Rows:
+    def _channel_mix(self, rows: Rows, mixed_ND: Tensor, next_norm: Tensor, routing: LayerRouting | None) -> Rows:
         rows = self._add(rows, mixed_ND, self.mixer_alpha, self.mixer_beta, self.expert_norm)
-        return self._add(rows, self.experts(rows.x_ND), self.expert_alpha, self.expert_beta, next_norm)
+        return self._add(rows, self.experts(rows.x_ND, routing), self.expert_alpha, self.expert_beta, next_norm)
 
     def _add(self, rows: Rows, out_ND: Tensor, alpha: float, beta: float, norm: Tensor) -> Rows:
         """The stream with a sublayer's output in it, normalised for the next one."""
@@ -161,6 +178,7 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor,
         cache: PrefillTarget | None = None,
         rows_M: Tensor | None = None,
+        routing: RoutingControl | None = None,
     ) -> Tensor:
         """Hidden states of packed tokens, after the final norm; [N, D] in the weights' dtype, or [M, D].
 
@@ -168,7 +186,8 @@ class Decoder(nn.Module):
         [B + 1], where each sequence starts and the last one ends. cache: what `DecodeCache.extend` gave for these
         lengths; then what is packed are pieces, which go on from what the cache holds of their sequences and leave
         there what the next piece, or `decode`, goes on from. rows_M: int64 indices of the tokens whose hidden states
-        are asked for, if not all: what no other token reads of the last layer is computed for these alone.
+        are asked for, if not all: what no other token reads of the last layer is computed for these alone. routing:
+        what to tell the routers, and what to read back from them.
         """
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("a forward that goes on from a cache has no gradients; call it under torch.no_grad()")
@@ -176,18 +195,26 @@ class Decoder(nn.Module):
         ends = map(sum, zip(grid.starts, grid.lengths, strict=True))
         rotary = self._rotary(max(ends)).index_select(0, positions_N)
         rows, next_norms = self._embed(ids_N)
+        routed = routing.of_packed(self.config, cu_seqlens, ids_N.device) if routing else None
         for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             asked = rows_M if index == self.config.layers - 1 else None
-            rows = layer(rows, rotary, grid, cache.layers[index] if cache else None, cache, next_norm, asked)
+            if routed is not None and asked is not None:
+                routed = routed.select(asked)
+            state, steered = cache.layers[index] if cache else None, routed.of_layer(index) if routed else None
+            rows = layer(rows, rotary, grid, state, cache, next_norm, asked, steered)
         return rows.x_ND
 
-    def decode(self, ids_B: Tensor, step: DecodeStep, cache: DecodeCache) -> Tensor:
-        """Hidden state of one more token of each sequence in slots 0 .. B - 1; [B, D]."""
+    def decode(
+        self, ids_B: Tensor, step: DecodeStep, cache: DecodeCache, routing: RoutingControl | None = None
+    ) -> Tensor:
+        """Hidden state of one more token of each sequence in slots 0 .. B - 1; [B, D]. routing: as in `forward`."""
         rotary = self._rotary(step.positions).index_select(0, step.position_B)
         rows, next_norms = self._embed(ids_B)
-        for layer, state, next_norm in zip(self.layers, cache.layers, next_norms, strict=True):
+        routed = routing.of_step(self.config, len(ids_B), step.active, ids_B.device) if routing else None
+        for index, (layer, state, next_norm) in enumerate(zip(self.layers, cache.layers, next_norms, strict=True)):
             assert isinstance(layer, Layer)
-            rows = layer.decode(rows, rotary, step, state, next_norm)
+            steered = routed.of_layer(index) if routed else None
+            rows = layer.decode(rows, rotary, step, state, next_norm, steered)
         return rows.x_ND
 
     def _embed(self, ids_N: Tensor) -> tuple[Rows, list[Tensor]]:
