@@ -46,6 +46,7 @@ class Experts(nn.Module):
             self.experts_per_token,
             is_renormalised=self.is_renormalised,
             threshold_N=routing.threshold_N if routing else None,
+            given_ids_NK=routing.given_ids_NK if routing else None,
             observe=routing.observe if routing else None,
         )
 
@@ -196,13 +197,14 @@ class Decoder(nn.Module):
         rotary = self._rotary(max(ends)).index_select(0, positions_N)
         rows, next_norms = self._embed(ids_N)
         routed = routing.of_packed(self.config, cu_seqlens, ids_N.device) if routing else None
+        asks_early = routing is None or not routing.needs_every_row
         for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            asked = rows_M if index == self.config.layers - 1 else None
+            asked = rows_M if asks_early and index == self.config.layers - 1 else None
             if routed is not None and asked is not None:
                 routed = routed.select(asked)
             state, steered = cache.layers[index] if cache else None, routed.of_layer(index) if routed else None
             rows = layer(rows, rotary, grid, state, cache, next_norm, asked, steered)
-        return rows.x_ND
+        return rows.x_ND if asks_early or rows_M is None else rows.x_ND.index_select(0, rows_M)
 
     def decode(
         self, ids_B: Tensor, step: DecodeStep, cache: DecodeCache, routing: RoutingControl | None = None

@@ -4,7 +4,7 @@ A step is schedule -> run -> postprocess. Groups are admitted whole: the prompt 
 group's completions. Sequences occupy dense slots; when one ends, the last moves into its place and waiting groups move
 up.
 
-S slots, B active sequences, T tokens of one completion.
+S slots, B active sequences, N packed tokens, T tokens of one sequence, L layers that have a router, K experts a token.
 """
 
 from collections import deque
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from cispo.kernels.head_loss import head_logits
 from cispo.model.decoder import Decoder
+from cispo.model.routing import ExpertRecord, RoutingControl
 from cispo.model.tokenizer import Tokenizer
 from cispo.rollout.sampling import noise_key, sample_tokens, uniforms
-from cispo.types import Group, Prompt, Rollout, StopReason, Turn
+from cispo.types import ExpertIdArray, Group, Prompt, Rollout, StopReason, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +46,20 @@ class GroupRequest:
 
 @dataclass(slots=True, eq=False)
 class _Sampling:
-    """A group under way: its prompt's ids and the completions that have ended."""
+    """A group under way: its prompt's ids, the experts of all but the last, and the completions that have ended."""
 
     request: GroupRequest
     prompt_ids: list[int]
     rollouts: dict[int, Rollout]
+    prompt_expert_ids_TLK: ExpertIdArray | None = None
 
 
 class Engine:
     """Samples groups of completions from one decoder.
 
     max_concurrent_completions bounds the sequences decoded together, max_prompt_tokens the length of a prompt; both fix
-    the cache's memory. Not safe to use from two threads at once.
+    the cache's memory. records_experts: keep in the rollouts which experts every token went to, for the learner to take
+    again. Not safe to use from two threads at once.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Engine:
         *,
         max_concurrent_completions: int,
         max_prompt_tokens: int,
+        records_experts: bool = False,
     ) -> None:
         self.decoder, self.tokenizer, self.settings = decoder, tokenizer, settings
         self.policy_version = 0
@@ -89,6 +93,9 @@ class Engine:
         self._ids_ST = np.zeros((slots, limit), np.int32)
         self._logprobs_ST = np.zeros((slots, limit), np.float32)
         self._versions_ST = np.zeros((slots, limit), np.int32)
+        self._record = ExpertRecord(decoder.config) if records_experts else None
+        self._routing = RoutingControl(record=self._record) if self._record else None
+        self._experts_STLK = self._record.room(slots, limit).numpy() if self._record else None
 
     def submit(self, request: GroupRequest) -> None:
         """Queue a group. ValueError when the group or its prompt can never fit."""
@@ -165,13 +172,24 @@ class Engine:
         positions_N = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
         ends_B = torch.tensor(lengths).cumsum(0)
         cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), ends_B)).to(self._device, torch.int32)
-        hidden_ND = self.decoder(ids_N, positions_N, cu_seqlens, target)
+        hidden_ND = self.decoder(ids_N, positions_N, cu_seqlens, target, routing=self._routing)
+        self._record_prompts(admitted, sources)
         for source, sampling in zip(sources, admitted, strict=True):
             self._cache.fork(source, range(source + 1, source + sampling.request.group_size))
         last_BD = hidden_ND.index_select(0, (ends_B - 1).to(self._device))
         logits_BV = head_logits(last_BD, self.decoder.head_weight)
         sizes = torch.tensor([sampling.request.group_size for sampling in admitted], device=self._device)
         return first, logits_BV.repeat_interleave(sizes, 0)
+
+    def _record_prompts(self, admitted: Sequence[_Sampling], sources: Sequence[int]) -> None:
+        """Keep the experts of prompts; those of a prompt's last token go to the first token of each completion."""
+        if self._record is None or self._experts_STLK is None:
+            return
+        ends = np.cumsum([len(sampling.prompt_ids) for sampling in admitted])
+        parts = np.split(self._record.ids_NLK.cpu().numpy(), ends[:-1])
+        for sampling, source, ids_TLK in zip(admitted, sources, parts, strict=True):
+            sampling.prompt_expert_ids_TLK = ids_TLK[:-1].copy()
+            self._experts_STLK[source : source + sampling.request.group_size, 0] = ids_TLK[-1]
 
     def _occupy(self, slot: int, sampling: _Sampling, completion_index: int) -> None:
         request = sampling.request
@@ -185,7 +203,11 @@ class Engine:
         step = self._cache.begin_step(self._active)
         batch = step.position_B.numel()
         last_B = self._ids_ST[np.arange(batch), np.maximum(self._sampled_S[:batch] - 1, 0)]
-        hidden_BD = self.decoder.decode(torch.from_numpy(last_B).to(self._device, torch.int64), step, self._cache)
+        ids_B = torch.from_numpy(last_B).to(self._device, torch.int64)
+        hidden_BD = self.decoder.decode(ids_B, step, self._cache, self._routing)
+        if self._record is not None and self._experts_STLK is not None:
+            active = np.arange(self._active)
+            self._experts_STLK[active, self._sampled_S[active]] = self._record.ids_NLK[: self._active].cpu().numpy()
         return head_logits(hidden_BD, self.decoder.head_weight)[: self._active]
 
     def _postprocess(self, first: int, logits_BV: Tensor) -> None:
@@ -216,6 +238,7 @@ class Engine:
             loss_mask_T=np.ones(length, np.bool_),
             logprobs_T=self._logprobs_ST[slot, :length].copy(),
             policy_versions_T=self._versions_ST[slot, :length].copy(),
+            expert_ids_TLK=None if self._experts_STLK is None else self._experts_STLK[slot, :length].copy(),
         )
         sampling.rollouts[index] = Rollout(
             prompt_id=sampling.request.prompt.id,
@@ -224,6 +247,7 @@ class Engine:
             turns=(turn,),
             stop_reason=reason,
             text=self.tokenizer.decode(turn.token_ids_T.tolist()),
+            prompt_expert_ids_TLK=sampling.prompt_expert_ids_TLK,
         )
         if len(sampling.rollouts) == sampling.request.group_size:
             in_order = tuple(sampling.rollouts[i] for i in range(sampling.request.group_size))
@@ -242,5 +266,7 @@ class Engine:
             length = self._sampled_S[slot]
             for per_token in (self._ids_ST, self._logprobs_ST, self._versions_ST):
                 per_token[slot, :length] = per_token[last, :length]
+            if self._experts_STLK is not None:
+                self._experts_STLK[slot, :length] = self._experts_STLK[last, :length]
         self._sampling[last] = None
         self._active = last
