@@ -10,8 +10,10 @@ S slots, B active sequences, N packed tokens, T tokens of one sequence, L layers
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from cispo.kernels.head_loss import head_logits
 from cispo.model.decoder import Decoder
 from cispo.model.routing import ExpertRecord, RoutingControl
 from cispo.model.tokenizer import Tokenizer
+from cispo.rollout.decode_step import DecodeStepper, Ids, Logprobs
 from cispo.rollout.sampling import noise_key, sample_tokens, uniforms
 from cispo.types import ExpertIdArray, Group, Prompt, Rollout, StopReason, Turn
 
@@ -81,15 +84,21 @@ class Engine:
         self._cache = decoder.new_cache(
             capacity=max_concurrent_completions, max_tokens=max_prompt_tokens + settings.max_completion_tokens
         )
+        self._stepper = DecodeStepper(decoder, self._cache)
         slots, limit = self._cache.capacity, settings.max_completion_tokens
         self._waiting: deque[_Sampling] = deque()
         self._finished: list[Group] = []
         self._active = 0
         self._sampling: list[_Sampling | None] = [None] * slots
+        self._every_S = np.arange(slots)
         self._completion_index_S = np.zeros(slots, np.int64)
         self._key_S = np.zeros(slots, np.uint64)
         self._temperature_S = np.ones(slots, np.float32)
         self._sampled_S = np.zeros(slots, np.int64)
+        self._last_id_S = np.zeros(slots, np.int64)
+        self._per_slot: tuple[npt.NDArray[Any], ...] = (
+            self._completion_index_S, self._key_S, self._temperature_S, self._sampled_S, self._last_id_S,
+        )  # fmt: skip
         self._ids_ST = np.zeros((slots, limit), np.int32)
         self._logprobs_ST = np.zeros((slots, limit), np.float32)
         self._versions_ST = np.zeros((slots, limit), np.int32)
@@ -129,12 +138,9 @@ class Engine:
         """Sample one token of every active completion, or the first tokens of groups that were just admitted."""
         admitted = self._schedule()
         if admitted:
-            first, logits_BV = self._prefill(admitted)
+            self._postprocess(*self._prefill(admitted))
         elif self._active:
-            first, logits_BV = 0, self._decode()
-        else:
-            return
-        self._postprocess(first, logits_BV)
+            self._postprocess(0, *self._decode())
 
     def collect(self) -> list[Group]:
         """Groups that have ended since the last call, each with its rollouts in order of completion index."""
@@ -158,8 +164,8 @@ class Engine:
             occupied += admitted[-1].request.group_size
         return admitted
 
-    def _prefill(self, admitted: Sequence[_Sampling]) -> tuple[int, Tensor]:
-        """Run the prompts packed, fork each to its completions; returns the first new slot and their logits."""
+    def _prefill(self, admitted: Sequence[_Sampling]) -> tuple[int, Ids, Logprobs]:
+        """Run the prompts packed, fork each to its completions; returns the first new slot and their first tokens."""
         first, sources = self._active, []
         for sampling in admitted:
             sources.append(self._active)
@@ -179,7 +185,11 @@ class Engine:
         last_BD = hidden_ND.index_select(0, (ends_B - 1).to(self._device))
         logits_BV = head_logits(last_BD, self.decoder.head_weight)
         sizes = torch.tensor([sampling.request.group_size for sampling in admitted], device=self._device)
-        return first, logits_BV.repeat_interleave(sizes, 0)
+        new = slice(first, self._active)
+        uniform_B = torch.from_numpy(uniforms(self._key_S[new], self._sampled_S[new])).to(self._device)
+        temperature_B = torch.from_numpy(self._temperature_S[new]).to(self._device)
+        ids_B, logprob_B = sample_tokens(logits_BV.repeat_interleave(sizes, 0), uniform_B, temperature_B)
+        return first, ids_B.to("cpu").numpy(), logprob_B.to("cpu").numpy()
 
     def _record_prompts(self, admitted: Sequence[_Sampling], sources: Sequence[int]) -> None:
         """Keep the experts of prompts; those of a prompt's last token go to the first token of each completion."""
@@ -199,34 +209,30 @@ class Engine:
         self._temperature_S[slot] = request.temperature
         self._sampled_S[slot] = 0
 
-    def _decode(self) -> Tensor:
-        step = self._cache.begin_step(self._active)
-        batch = step.position_B.numel()
-        last_B = self._ids_ST[np.arange(batch), np.maximum(self._sampled_S[:batch] - 1, 0)]
-        ids_B = torch.from_numpy(last_B).to(self._device, torch.int64)
-        hidden_BD = self.decoder.decode(ids_B, step, self._cache, self._routing)
+    def _decode(self) -> tuple[Ids, Logprobs]:
+        every = slice(0, self._active)
+        uniform_B = uniforms(self._key_S[every], self._sampled_S[every])
+        sampled = self._stepper.run(self._last_id_S[every], uniform_B, self._temperature_S[every], self._routing)
         if self._record is not None and self._experts_STLK is not None:
-            active = np.arange(self._active)
+            active = self._every_S[every]
             self._experts_STLK[active, self._sampled_S[active]] = self._record.ids_NLK[: self._active].cpu().numpy()
-        return head_logits(hidden_BD, self.decoder.head_weight)[: self._active]
+        return sampled
 
-    def _postprocess(self, first: int, logits_BV: Tensor) -> None:
-        """Sample a token for each slot from `first` on, record it, and retire completions that have ended."""
-        slots = np.arange(first, self._active)
-        position_B = self._sampled_S[slots]
-        uniform_B = torch.from_numpy(uniforms(self._key_S[slots], position_B)).to(self._device)
-        temperature_B = torch.from_numpy(self._temperature_S[slots]).to(self._device)
-        ids_B, logprob_B = sample_tokens(logits_BV, uniform_B, temperature_B)
-        ids = ids_B.to("cpu").numpy()
-        self._ids_ST[slots, position_B] = ids
-        self._logprobs_ST[slots, position_B] = logprob_B.to("cpu").numpy()
-        self._versions_ST[slots, position_B] = self.policy_version
-        self._sampled_S[slots] += 1
+    def _postprocess(self, first: int, ids_B: Ids, logprob_B: Logprobs) -> None:
+        """Record the token sampled for each slot from `first` on, and retire completions that have ended."""
+        new = slice(first, self._active)
+        slots, sampled_B = self._every_S[new], self._sampled_S[new]
+        self._last_id_S[new] = ids_B
+        self._ids_ST[slots, sampled_B] = ids_B
+        self._logprobs_ST[slots, sampled_B] = logprob_B
+        self._versions_ST[slots, sampled_B] = self.policy_version
+        sampled_B += 1
         self.completion_tokens += len(slots)
-        is_eos = ids == self.tokenizer.eos_id
-        ended = is_eos | (self._sampled_S[slots] == self.settings.max_completion_tokens)
-        for at in reversed(np.nonzero(ended)[0]):
-            self._retire(int(slots[at]), StopReason.EOS if is_eos[at] else StopReason.LENGTH)
+        is_eos = ids_B == self.tokenizer.eos_id
+        ended = is_eos | (sampled_B == self.settings.max_completion_tokens)
+        if ended.any():
+            for at in reversed(np.nonzero(ended)[0]):
+                self._retire(first + int(at), StopReason.EOS if is_eos[at] else StopReason.LENGTH)
 
     def _retire(self, slot: int, reason: StopReason) -> None:
         sampling = self._sampling[slot]
@@ -261,7 +267,7 @@ class Engine:
         if slot != last:
             self._cache.move(last, slot)
             self._sampling[slot] = self._sampling[last]
-            for per_slot in (self._completion_index_S, self._key_S, self._temperature_S, self._sampled_S):
+            for per_slot in self._per_slot:
                 per_slot[slot] = per_slot[last]
             length = self._sampled_S[slot]
             for per_token in (self._ids_ST, self._logprobs_ST, self._versions_ST):
