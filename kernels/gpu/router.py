@@ -90,7 +90,16 @@ def _input_gradient_kernel(
 
 @triton.jit
 def _weight_gradient_kernel(
-    x, dlogits, drouter, N, D, E, SPAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
+    x,
+    dlogits,
+    drouter,
+    N,
+    D,
+    E,
+    SPAN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """drouter [spans, E, D]: x^T dlogits over the rows of each span."""
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -109,69 +118,65 @@ def _weight_gradient_kernel(
     tl.store(out, total, mask=(column < D)[:, None] & (expert < E)[None, :])
 
 
-_TYPES = {"N": "i32", "D": "i32", "E": "i32", "x": "*bf16", "dx": "*bf16"} | dict.fromkeys(
-    ("router", "logits", "dlogits", "drouter"), "*fp32"
-)
+_POINTERS = {"x": "*bf16", "dx": "*bf16"} | dict.fromkeys(("router", "logits", "dlogits", "drouter"), "*fp32")
+_TYPES = _POINTERS | dict.fromkeys(("N", "D", "E"), "i32")
+_EXPERT_BLOCKS = (16, 32, 64, 128)
 
 
 def _builds(block_e: int) -> dict[str, Build]:
-    """The three products for up to block_e experts at a time."""
-    wide = block_e > 64
-    tiles = {
+    """The three products, over block_e experts at a time."""
+    narrow, span = {"BLOCK_N": 64, "BLOCK_E": min(block_e, 32), "BLOCK_D": 128}, {"SPAN": SPAN_ROWS, "BLOCK_N": 64}
+    settings = {
         "logits": (_logits_kernel, {"BLOCK_N": 64, "BLOCK_E": block_e, "BLOCK_D": 64}, 3),
-        "input_gradient": (_input_gradient_kernel, {"BLOCK_N": 64, "BLOCK_E": min(block_e, 32), "BLOCK_D": 128}, 2),
-        "weight_gradient": (
-            _weight_gradient_kernel,
-            {"SPAN": SPAN_ROWS, "BLOCK_N": 64, "BLOCK_E": block_e, "BLOCK_D": 64 if wide else 128},
-            3,
-        ),
+        "input_gradient": (_input_gradient_kernel, narrow, 2),
+        "weight_gradient": (_weight_gradient_kernel, span | {"BLOCK_E": block_e, "BLOCK_D": 64}, 3),
     }
+    warps = 8 if block_e == 128 else 4
     return {
-        name: Build(f"router_{name}_{block_e}", kernel, _TYPES, constants, 4, stages, True, ("D", "E"))
-        for name, (kernel, constants, stages) in tiles.items()
+        name: Build(f"router_{name}_{block_e}", kernel, _TYPES, constants, warps, stages, True, ("D",))
+        for name, (kernel, constants, stages) in settings.items()
     }
 
 
-_BUILDS = {block_e: _builds(block_e) for block_e in (16, 32, 64, 128)}
+_BUILDS = {block_e: _builds(block_e) for block_e in _EXPERT_BLOCKS}
 BUILDS: list[Build] = [build for builds in _BUILDS.values() for build in builds.values()]
 
 
-def _build(name: str, experts: int) -> Build:
-    return _BUILDS[min(max(16, triton.next_power_of_2(experts)), 128)][name]
-
-
-def _launch(build: Build, grid: tuple[int, ...], *arguments: Any) -> None:
-    build.kernel[grid](*arguments, **build.constants, num_warps=build.num_warps, num_stages=build.num_stages)
+def _launch(name: str, tensors: tuple[Tensor, Tensor, Tensor], tokens: int, width: int, experts: int) -> None:
+    block_e = next((block for block in _EXPERT_BLOCKS if block >= experts), _EXPERT_BLOCKS[-1])
+    build = _BUILDS[block_e][name]
+    blocks_n = triton.cdiv(tokens, build.constants["BLOCK_N"])
+    blocks_d = triton.cdiv(width, build.constants["BLOCK_D"])
+    blocks_e = triton.cdiv(experts, build.constants["BLOCK_E"])
+    grids = {
+        "logits": (blocks_n, blocks_e),
+        "input_gradient": (blocks_n, blocks_d),
+        "weight_gradient": (blocks_d, blocks_e, triton.cdiv(tokens, SPAN_ROWS)),
+    }
+    build.launch(grids[name], *tensors, tokens, width, experts)
 
 
 class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, router_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_ND, router_ED)
-        (tokens, width), experts = x_ND.shape, router_ED.shape[0]
-        build = _build("logits", experts)
-        logits_NE = x_ND.new_empty(tokens, experts, dtype=torch.float32)
-        grid = (triton.cdiv(tokens, build.constants["BLOCK_N"]), triton.cdiv(experts, build.constants["BLOCK_E"]))
-        _launch(build, grid, x_ND, router_ED, logits_NE, tokens, width, experts)
+        sizes = (*x_ND.shape, router_ED.shape[0])
+        logits_NE = router_ED.new_empty(x_ND.shape[0], router_ED.shape[0])
+        _launch("logits", (x_ND, router_ED, logits_NE), *sizes)
         return logits_NE
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, router_ED = ctx.saved_tensors
         dlogits_NE = gradients[0].contiguous()
-        (tokens, width), experts = x_ND.shape, router_ED.shape[0]
+        sizes = (*x_ND.shape, router_ED.shape[0])
         dx_ND = drouter_ED = None
         if ctx.needs_input_grad[0]:
-            build = _build("input_gradient", experts)
             dx_ND = torch.empty_like(x_ND)
-            grid = (triton.cdiv(tokens, build.constants["BLOCK_N"]), triton.cdiv(width, build.constants["BLOCK_D"]))
-            _launch(build, grid, dlogits_NE, router_ED, dx_ND, tokens, width, experts)
+            _launch("input_gradient", (dlogits_NE, router_ED, dx_ND), *sizes)
         if ctx.needs_input_grad[1]:
-            build = _build("weight_gradient", experts)
-            spans = triton.cdiv(tokens, SPAN_ROWS)
-            spans_SED = router_ED.new_empty(spans, experts, width)
-            blocks = [triton.cdiv(width, build.constants["BLOCK_D"]), triton.cdiv(experts, build.constants["BLOCK_E"])]
-            _launch(build, (*blocks, spans), x_ND, dlogits_NE, spans_SED, tokens, width, experts)
+            spans_SED = router_ED.new_empty(triton.cdiv(x_ND.shape[0], SPAN_ROWS), *router_ED.shape)
+            _launch("weight_gradient", (x_ND, dlogits_NE, spans_SED), *sizes)
             drouter_ED = spans_SED.sum(0)
         return dx_ND, drouter_ED
 
@@ -180,5 +185,5 @@ _router_logits: Callable[[Tensor, Tensor], Tensor] = _RouterLogits.apply
 
 
 def router_logits(x_ND: Tensor, router_ED: Tensor) -> Tensor:
-    """x router^T in float32 [N, E], of x in bfloat16 and a float32 router; differentiable in both."""
+    """x router^T in float32 [N, E], for x in bfloat16 and a float32 router; differentiable in both."""
     return _router_logits(x_ND.contiguous(), router_ED.contiguous())
