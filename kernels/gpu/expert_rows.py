@@ -110,8 +110,8 @@ def _spread_kernel(
         row_N = tl.load(row + token * K + k, mask=is_token, other=0)
         tl.store(rows + row_N.to(tl.int64)[:, None] * D + column[None, :], x_ND, mask=mask)
         if HAS_WEIGHT:
-            if tl.program_id(1) == 0:
-                tl.store(row_weight + row_N, tl.load(weight + token * K + k, mask=is_token), mask=is_token)
+            is_first = token < tl.where(tl.program_id(1) == 0, N, 0)
+            tl.store(row_weight + row_N, tl.load(weight + token * K + k, mask=is_first), mask=is_first)
 
 
 @triton.jit

@@ -27,7 +27,10 @@ from torch.nn.functional import grouped_mm
 
 from cispo.kernels.gpu.build import Build
 from cispo.kernels.gpu.expert_rows import gather_sum, sort_rows, spread
+from cispo.kernels.gpu.route import route
+from cispo.kernels.gpu.router import router_logits
 from cispo.kernels.product import product
+from cispo.kernels.routing import Observer, Routing, router_entropy
 
 _ALIGNMENT = 8
 """The grouped product takes rows whose bytes are a multiple of 16."""
@@ -181,8 +184,8 @@ def swiglu_experts(x_ND: Tensor, ids_NK: Tensor, weight_NK: Tensor, gate_up_EFD:
     _, width, inner = down_EDF.shape
     if width % _ALIGNMENT or inner % _ALIGNMENT:
         raise ValueError(
-            f"experts on CUDA need a model width and an expert width that are multiples of {_ALIGNMENT}, got {width} and "
-            f"{inner}; pad the weights with zeros"
+            f"experts on CUDA need a model width and an expert width that are multiples of {_ALIGNMENT}, "
+            f"got {width} and {inner}; pad the weights with zeros"
         )
     return _experts(
         x_ND.contiguous(), ids_NK.contiguous(), weight_NK.contiguous(), gate_up_EFD.contiguous(), down_EDF.contiguous()
@@ -192,3 +195,31 @@ def swiglu_experts(x_ND: Tensor, ids_NK: Tensor, weight_NK: Tensor, gate_up_EFD:
 def swiglu_dense(x_ND: Tensor, gate_up_FD: Tensor, down_DF: Tensor) -> Tensor:
     """One expert for every token: two products of the library and a SwiGLU between; [N, D]."""
     return _dense(x_ND.contiguous(), gate_up_FD, down_DF)
+
+
+def expert_layer(
+    x_ND: Tensor,
+    router_ED: Tensor | None,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    experts_per_token: int,
+    *,
+    is_renormalised: bool = True,
+    threshold_N: Tensor | None = None,
+    given_ids_NK: Tensor | None = None,
+    observe: Observer | None = None,
+) -> Tensor:
+    """As `kernels.experts.expert_layer`, for x and experts in bfloat16; a given id that is no expert gives NaN.
+
+    ValueError where D or F is no multiple of 8.
+    """
+    tokens = x_ND.shape[0]
+    if router_ED is None:
+        if observe is not None:
+            observe(x_ND.new_zeros(tokens, 1, dtype=torch.int64), x_ND.new_zeros(tokens, dtype=torch.float32))
+        return swiglu_dense(x_ND, gate_up_EFD[0], down_EDF[0])
+    logits_NE = router_logits(x_ND, router_ED.float())
+    routed = route(logits_NE, experts_per_token, is_renormalised, threshold_N, given_ids_NK)
+    if observe is not None:
+        observe(Routing(*routed).kept_ids_NK, router_entropy(logits_NE))
+    return swiglu_experts(x_ND, *routed[:2], gate_up_EFD, down_EDF)
