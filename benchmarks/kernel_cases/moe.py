@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from kernel_cases import Case, Machine
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
@@ -19,6 +18,7 @@ from cispo.kernels import routing
 from cispo.kernels.gpu.expert_rows import sort_rows
 from cispo.kernels.gpu.route import route
 from cispo.kernels.gpu.router import router_logits
+from kernel_cases import Case, Machine
 
 CHECKED_TOKENS = 512
 
