@@ -2,8 +2,8 @@
 
 A float32 number is the sum of three bfloat16 numbers to its last bit, and a product of two bfloat16 numbers is exact in
 float32. So x in bfloat16 times the router's three parts is the float32 product at three times the cost of a bfloat16
-one, but for the low bits that the units cut in their sums: 7e-6 of the logits at D = 2048. Every row is summed in one order whatever rows come with it: the inner dimension in tiles from
-first to last, in each the smallest part first.
+one, but for the low bits that the units cut in their sums: 7e-6 of the logits at D = 2048. Every row is summed in one
+order whatever rows come with it: the inner dimension in tiles from first to last, in each the smallest part first.
 
 The twin is the product in `kernels.experts`. N packed tokens, D model width, E experts.
 """
