@@ -122,7 +122,7 @@ def _error(sizes: Sizes) -> float:
     wanted = _in_float64(exact, ids)
     mine = (out, *torch.autograd.grad(out, tensors, dout))
     pairs = zip(mine, (wanted, *torch.autograd.grad(wanted, exact, dout.double())), strict=True)
-    return max(float((ours.double() - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
+    return max(float(((ours.double() - theirs).norm() / theirs.norm()).detach()) for ours, theirs in pairs)
 
 
 def _case(sizes: Sizes, has_backward: bool, reach_ms: float | None = None) -> Case:

@@ -128,9 +128,7 @@ def test_an_expert_without_tokens_gets_no_gradient() -> None:
 def steered_twin(
     x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, threshold_N: Tensor | None, given_ids_NK: Tensor
 ) -> Tensor:
-    routing = route(
-        router_logits(x, router), given_ids_NK.shape[1], threshold_N=threshold_N, given_ids_NK=given_ids_NK
-    )
+    routing = route(router_logits(x, router), given_ids_NK.shape[1], threshold_N=threshold_N, given_ids_NK=given_ids_NK)
     return swiglu_experts(x, routing, gate_up, down)
 
 
