@@ -22,7 +22,7 @@ from cispo.kernels.lightning_attention import (
 )
 from cispo.kernels.norm import gated_norm, rms_norm
 from cispo.kernels.product import product
-from cispo.kernels.softmax_attention import softmax_attention, softmax_decode
+from cispo.kernels.softmax_attention import softmax_attention, softmax_decode, softmax_prefill
 from cispo.kernels.softmax_cpu import Pages
 from cispo.model.cache import DecodeStep, PrefillTarget, State, StateSpec
 from cispo.model.config import LIGHTNING, ModelConfig, RopeScaling
@@ -78,9 +78,9 @@ class LightningMixer(nn.Module):
 
     def state_specs(self) -> list[StateSpec]:
         return [
-            StateSpec("state", (self.heads, self.head_dim, self.head_dim), is_paged=False),
-            StateSpec("k_recent", (self.heads, self.head_dim, CHUNK_LENGTH), is_paged=False),
-            StateSpec("v_recent", (self.heads, CHUNK_LENGTH, self.head_dim), is_paged=False),
+            StateSpec("state", (self.heads, self.head_dim, self.head_dim), torch.float32, is_paged=False),
+            StateSpec("k_recent", (self.heads, self.head_dim, CHUNK_LENGTH), self.out.dtype, is_paged=False),
+            StateSpec("v_recent", (self.heads, CHUNK_LENGTH, self.head_dim), self.out.dtype, is_paged=False),
         ]
 
     def _split(self, qkv_gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,17 +154,19 @@ class SoftmaxMixer(nn.Module):
     def state_specs(self) -> list[StateSpec]:
         keys, values = (self.head_dim, CHUNK_LENGTH), (CHUNK_LENGTH, self.head_dim)
         return [
-            StateSpec("k_pages", (self.key_heads, *keys), is_paged=True),
-            StateSpec("v_pages", (self.key_heads, *values), is_paged=True),
+            StateSpec("k_pages", (self.key_heads, *keys), self.out.dtype, is_paged=True),
+            StateSpec("v_pages", (self.key_heads, *values), self.out.dtype, is_paged=True),
         ]
 
     def forward(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
     ) -> Tensor:
-        pages = None
+        qkv = self._project(x_ND)
         if state is not None and target is not None:
             pages = Pages(state["k_pages"], state["v_pages"], target.pages_BJ)
-        out = softmax_attention(self._project(x_ND), rotary_NA, self.heads, self.key_heads, grid, pages)
+            out = softmax_prefill(qkv, rotary_NA, self.heads, self.key_heads, grid, pages)
+        else:
+            out = softmax_attention(qkv, rotary_NA, self.heads, self.key_heads, grid)
         return product(out.to(x_ND.dtype), self.out)
 
     def decode(self, x_BD: Tensor, rotary_BA: Tensor, step: DecodeStep, state: State) -> Tensor:

@@ -160,12 +160,12 @@ class Engine:
                 self._occupy(self._active, sampling, index)
                 self._active += 1
         lengths = [len(sampling.prompt_ids) for sampling in admitted]
-        target = self._cache.admit(sources, lengths)
+        target = self._cache.extend(sources, lengths)
         ids_N = torch.tensor([token for sampling in admitted for token in sampling.prompt_ids], device=self._device)
         positions_N = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
         ends_B = torch.tensor(lengths).cumsum(0)
         cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), ends_B)).to(self._device, torch.int32)
-        hidden_ND = self.decoder(ids_N, positions_N, cu_seqlens, self._cache, target)
+        hidden_ND = self.decoder(ids_N, positions_N, cu_seqlens, target)
         for source, sampling in zip(sources, admitted, strict=True):
             self._cache.fork(source, range(source + 1, source + sampling.request.group_size))
         last_BD = hidden_ND.index_select(0, (ends_B - 1).to(self._device))
