@@ -1,0 +1,95 @@
+"""Gradients of lightning attention in Triton: the forward's walk, three times, with the operands exchanged.
+
+With LA(a, b, c)_i = sum_{j <= i} exp(-s (i - j)) (a_i . b_j) c_j, and LA' the same over j >= i,
+
+    dq = LA(dout, v, k)        dk = LA'(v, dout, q)        dv = LA'(k, q, dout)
+
+so nothing is kept of the forward but q, k and v. One launch has all three: a program picks its role at run time, and the
+two that walk backwards through the same operands lie side by side, where they share what they read. What SiLU does to
+a gradient is applied before it is written.
+
+N packed tokens, B sequences, H heads, C = 64 rows of a chunk, D head dim, V columns of a block.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cispo.kernels.chunks import CHUNK_LENGTH
+from cispo.kernels.gpu.build import Build
+from cispo.kernels.gpu.lightning_forward import HEAD_DIMS, POINTERS, SIZES, chunk_decays, chunk_output, chunk_state
+
+_CHUNK = tl.constexpr(CHUNK_LENGTH)
+_ROLES = tl.constexpr(3)
+
+
+@triton.jit
+def backward_kernel(
+    q, k, v, dout, x, dqkv, slopes_H, cu_seqlens, order_B, qkv_row, qkv_head, x_row, dqkv_row, heads,
+    D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_SILU: tl.constexpr,
+):  # fmt: skip
+    """dqkv: head by head dq, dk, dv. x: what q, k and v are SiLU of, head by head too, where HAS_SILU."""
+    program = tl.program_id(0)
+    BLOCKS: tl.constexpr = D // BLOCK_V
+    block = program % BLOCKS * BLOCK_V
+    role = program // BLOCKS % _ROLES
+    head = program // (BLOCKS * _ROLES) % heads
+    sequence = tl.load(order_B + program // (BLOCKS * _ROLES * heads))
+    begin = tl.load(cu_seqlens + sequence).to(tl.int64)
+    rows = tl.load(cu_seqlens + sequence + 1) - begin.to(tl.int32)
+    is_dk = role == 0
+    is_dv = role == 1
+    is_reverse = role < 2
+    qkv_at = begin * qkv_row + head * qkv_head
+    dout_row = heads * D
+    dout_at = dout + begin * dout_row + head * D
+    a_at = tl.where(is_dk, v + qkv_at, tl.where(is_dv, k + qkv_at, dout_at))
+    b_at = tl.where(is_dk, dout_at, tl.where(is_dv, q + qkv_at, v + qkv_at))
+    c_at = tl.where(is_dk, q + qkv_at, tl.where(is_dv, dout_at, k + qkv_at)) + block
+    a_row = tl.where(is_reverse, qkv_row, dout_row)
+    b_row = tl.where(is_dk, dout_row, qkv_row)
+    c_row = tl.where(is_dv, dout_row, qkv_row)
+    of_role = tl.where(is_dk, D, tl.where(is_dv, 2 * D, 0)) + head * 3 * D + block
+    a_rows = tl.make_tensor_descriptor(a_at, [rows, D], [a_row, 1], [_CHUNK, D])
+    b_rows = tl.make_tensor_descriptor(b_at, [rows, D], [b_row, 1], [_CHUNK, D])
+    c_rows = tl.make_tensor_descriptor(c_at, [rows, BLOCK_V], [c_row, 1], [_CHUNK, BLOCK_V])
+    gradient_at = dqkv + begin * dqkv_row + of_role
+    gradient_rows = tl.make_tensor_descriptor(gradient_at, [rows, BLOCK_V], [dqkv_row, 1], [_CHUNK, BLOCK_V])
+    if HAS_SILU:
+        x_at = x + begin * x_row + of_role
+    within, query_decay, key_decay, chunk_decay = chunk_decays(tl.load(slopes_H + head), is_reverse)
+    state = tl.zeros((D, BLOCK_V), tl.float32)
+    chunks = tl.cdiv(rows, _CHUNK)
+    for step in range(0, chunks):
+        chunk = tl.where(is_reverse, chunks - 1 - step, step) * _CHUNK
+        b_transposed = tl.trans(b_rows.load([chunk, 0]))
+        c_chunk = c_rows.load([chunk, 0])
+        gradient = chunk_output(a_rows.load([chunk, 0]), b_transposed, c_chunk, state, within, query_decay)
+        if HAS_SILU:
+            # Plain loads: with one more descriptor the registers do not suffice.
+            row = chunk + tl.arange(0, _CHUNK)
+            x_tile = x_at + row[:, None].to(tl.int64) * x_row + tl.arange(0, BLOCK_V)[None, :]
+            x_chunk = tl.load(x_tile, mask=(row < rows)[:, None], other=0.0).to(tl.float32)
+            sigmoid = 1.0 / (1.0 + tl.exp(-x_chunk))
+            gradient *= sigmoid * (1.0 + x_chunk * (1.0 - sigmoid))
+        gradient_rows.store([chunk, 0], gradient.to(dqkv.dtype.element_ty))
+        state = chunk_state(state, b_transposed, c_chunk, key_decay, chunk_decay)
+
+
+_TYPES = {name: POINTERS[name] for name in ("q", "k", "v", "slopes_H", "cu_seqlens", "order_B")}
+_TYPES |= dict.fromkeys(("dout", "x", "dqkv"), "*bf16") | SIZES | dict.fromkeys(("x_row", "dqkv_row"), "i32")
+_BACKWARD = {
+    (dim, has_silu): Build(
+        f"lightning_backward D={dim}{' with SiLU' if has_silu else ''}",
+        backward_kernel,
+        _TYPES,
+        {"D": dim, "BLOCK_V": 64, "HAS_SILU": has_silu},
+        num_warps=4,
+        num_stages=2,
+        has_products=True,
+        aligned=("qkv_row", "qkv_head", "x_row", "dqkv_row"),
+    )
+    for dim in HEAD_DIMS
+    for has_silu in (False, True)
+}
+BUILDS = list(_BACKWARD.values())
