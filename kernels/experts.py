@@ -160,7 +160,7 @@ def expert_layer(
     what was decided. Differentiable in all weights and x. The number of rows never changes a row's bits on CPU.
     """
     if router_ED is None:
-        router_ED = x_ND.new_zeros(gate_up_EFD.shape[0], x_ND.shape[1], dtype=torch.float32)
+        router_ED = experts_cpu.lone_router(x_ND.shape[1], x_ND.device)
     if is_renormalised and experts_cpu.serves(x_ND, router_ED, gate_up_EFD, down_EDF):
         operands = x_ND, router_ED, gate_up_EFD, down_EDF
         return experts_cpu.expert_layer(*operands, experts_per_token, threshold_N, given_ids_NK, observe)

@@ -6,6 +6,7 @@ are not multiples of 16 lanes go to the plain form there.
 N packed tokens, D model width, E experts, K experts a token, F expert width.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ _LANES = 16
 _PANEL = 32
 _SPANS = 16
 
-_experts = CpuFunction("experts", "pppppppppppiiiiii")
+_experts = CpuFunction("experts", "pppppppppppniiiit")
 _gradient = CpuFunction("experts_gradient", "pppppppppppppiiiiii")
 
 
@@ -122,6 +123,13 @@ def _scratch_size(tokens: int, width: int, inner: int, experts: int, experts_per
 
 
 _differentiable_experts: Callable[[Tensor, Tensor, Tensor, Tensor, int, _Choice], Tensor] = _Experts.apply
+
+
+@functools.cache
+def lone_router(width: int, device: torch.device) -> Tensor:
+    """The router of a layer of one expert, float32 [1, width]: zeros, kept so that they are packed once."""
+    with torch.inference_mode(False), cpu_library.unrecorded():
+        return torch.zeros(1, width, device=device)
 
 
 def expert_layer(

@@ -31,7 +31,7 @@ _MAXIMUM_DIM = 128
 
 _forward = CpuFunction("lightning_forward", "pipppppppppiiii")
 _backward = CpuFunction("lightning_backward", "pipppppiiiii")
-_decode = CpuFunction("lightning_decode", "pippppppiiii")
+_decode = CpuFunction("lightning_decode", "pippppppniit")
 
 
 def takes(head_dim: int) -> bool:

@@ -21,7 +21,7 @@ _LARGEST_DIM = 128
 
 _forward = CpuFunction("softmax_forward", "pppiiiiipppppipi")
 _backward = CpuFunction("softmax_backward", "pppiiiiippppi")
-_decode = CpuFunction("softmax_decode", "ppiiiiipppippi")
+_decode = CpuFunction("softmax_decode", "ppniiiipppippt")
 
 
 class Pages(NamedTuple):

@@ -96,6 +96,8 @@ class DecodeCache:
             (self.capacity, self.pages_per_sequence), _SCRATCH_PAGE, np.int64
         )
         self._page_table = torch.from_numpy(self._page_SJ)  # the same memory
+        self._position_S: npt.NDArray[np.int64] = np.zeros(self.capacity, np.int64)
+        self._row_S: npt.NDArray[np.int64] = np.zeros(self.capacity, np.int64)
         self._every_S = torch.arange(self.capacity, device=device)
         self._page_references: npt.NDArray[np.int64] = np.zeros(pages, np.int64)
         self._free_pages = list(range(pages - 1, _SCRATCH_PAGE, -1))
@@ -171,16 +173,29 @@ class DecodeCache:
         self._page_SJ[slot] = _SCRATCH_PAGE
         self._length_S[slot] = 0
 
+    def advance(self, active: int) -> None:
+        """Take room for one more token in each of the first `active` slots, for `every_slot` to say where it goes."""
+        position_B, row_B = self._position_S[:active], self._row_S[:active]
+        position_B[:] = self._length_S[:active]
+        np.bitwise_and(position_B, PAGE_LENGTH - 1, out=row_B)
+        if not row_B.all():
+            for slot in np.nonzero(row_B == 0)[0]:
+                self._page_SJ[slot, self._length_S[slot] // PAGE_LENGTH] = self._take_page()
+        self._length_S[:active] += 1
+
+    def every_slot(self) -> DecodeStep:
+        """A step of all slots on the cache's own tensors, for a plan: `advance` writes them, on CPU only."""
+        position_S, row_S = torch.from_numpy(self._position_S), torch.from_numpy(self._row_S)
+        positions = self.pages_per_sequence * PAGE_LENGTH
+        return DecodeStep(self._every_S, position_S, row_S, None, self._page_table, self.capacity, positions)
+
     def begin_step(self, active: int) -> DecodeStep:
         """Take room for one more token in each of the first `active` slots, and say where it goes."""
-        for slot in np.nonzero(self._length_S[:active] % PAGE_LENGTH == 0)[0]:
-            self._page_SJ[slot, self._length_S[slot] // PAGE_LENGTH] = self._take_page()
+        self.advance(active)
         batch = -(-active // 4) * 4
-        position_B = self._length_S[:batch].copy()
-        position_B[active:] = 0
-        row_B = position_B % PAGE_LENGTH
+        position_B, row_B = self._position_S[:batch].copy(), self._row_S[:batch].copy()
+        position_B[active:] = row_B[active:] = 0
         full = np.nonzero(row_B == PAGE_LENGTH - 1)[0]
-        self._length_S[:active] += 1
         longest = int(position_B.max())
         return DecodeStep(
             every_B=self._every_S[:batch],

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cispo.kernels.chunks import ChunkGrid, chunk_grid
+from cispo.kernels.cpu_library import unrecorded
 from cispo.kernels.experts import expert_layer
 from cispo.kernels.head_loss import head_logits
-from cispo.kernels.norm import residual_norm, rms_norm
+from cispo.kernels.norm import residual_norm, rms_norm, sum_and_norm
+from cispo.kernels.rows import select_rows
 from cispo.model.cache import DecodeCache, DecodeStep, PrefillTarget, State
 from cispo.model.config import LIGHTNING, ModelConfig
 from cispo.model.mixers import build_mixer, rotary_table
@@ -46,6 +48,7 @@ class Experts(nn.Module):
             self.experts_per_token,
             is_renormalised=self.is_renormalised,
             threshold_N=routing.threshold_N if routing else None,
+            given_ids_NK=routing.given_ids_NK if routing else None,
             observe=routing.observe if routing else None,
         )
 
@@ -121,8 +124,7 @@ class Layer(nn.Module):
         if self.is_postnorm:
             x_ND = residual_norm(rows.x_ND, out_ND, alpha, beta, norm, self.epsilon)
             return Rows(x_ND, x_ND)
-        stream_ND = rows.stream_ND + out_ND
-        return Rows(stream_ND, rms_norm(stream_ND, norm, self.epsilon))
+        return Rows(*sum_and_norm(rows.stream_ND, out_ND, norm, self.epsilon))
 
 
 class Decoder(nn.Module):
@@ -194,22 +196,23 @@ class Decoder(nn.Module):
         grid = chunk_grid(cu_seqlens.diff().tolist(), ids_N.device, cache.starts if cache else None)
         ends = map(sum, zip(grid.starts, grid.lengths, strict=True))
         rotary = self._rotary(max(ends)).index_select(0, positions_N)
-        rows, next_norms = self._embed(ids_N)
+        rows, next_norms = self._normalise(F.embedding(ids_N, self.embedding))
         routed = routing.of_packed(self.config, cu_seqlens, ids_N.device) if routing else None
+        asks_early = routing is None or not routing.needs_every_row
         for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            asked = rows_M if index == self.config.layers - 1 else None
+            asked = rows_M if asks_early and index == self.config.layers - 1 else None
             if routed is not None and asked is not None:
                 routed = routed.select(asked)
             state, steered = cache.layers[index] if cache else None, routed.of_layer(index) if routed else None
             rows = layer(rows, rotary, grid, state, cache, next_norm, asked, steered)
-        return rows.x_ND
+        return rows.x_ND if asks_early or rows_M is None else rows.x_ND.index_select(0, rows_M)
 
     def decode(
         self, ids_B: Tensor, step: DecodeStep, cache: DecodeCache, routing: RoutingControl | None = None
     ) -> Tensor:
         """Hidden state of one more token of each sequence in slots 0 .. B - 1; [B, D]. routing: as in `forward`."""
-        rotary = self._rotary(step.positions).index_select(0, step.position_B)
-        rows, next_norms = self._embed(ids_B)
+        rotary = select_rows(self._rotary(step.positions), step.position_B)
+        rows, next_norms = self._normalise(select_rows(self.embedding, ids_B))
         routed = routing.of_step(self.config, len(ids_B), step.active, ids_B.device) if routing else None
         for index, (layer, state, next_norm) in enumerate(zip(self.layers, cache.layers, next_norms, strict=True)):
             assert isinstance(layer, Layer)
@@ -217,10 +220,9 @@ class Decoder(nn.Module):
             rows = layer.decode(rows, rotary, step, state, next_norm, steered)
         return rows.x_ND
 
-    def _embed(self, ids_N: Tensor) -> tuple[Rows, list[Tensor]]:
-        """The rows that the first layer reads, and the norm that each layer's rows leave with."""
+    def _normalise(self, h_ND: Tensor) -> tuple[Rows, list[Tensor]]:
+        """The rows that the first layer reads, of embeddings, and the norm that each layer's rows leave with."""
         first_norm, *next_norms = [layer.mixer_norm for layer in self.layers if isinstance(layer, Layer)]
-        h_ND = F.embedding(ids_N, self.embedding)
         x_ND = rms_norm(h_ND, first_norm, self.config.norm_epsilon)
         return Rows(x_ND if self.config.is_postnorm else h_ND, x_ND), [*next_norms, self.final_norm]
 
@@ -230,7 +232,7 @@ class Decoder(nn.Module):
         if table is None or table.shape[0] < positions or table.device != self.embedding.device:
             length = max(1024, 1 << (positions - 1).bit_length())
             # The engine steps in inference mode, and a table made there could take no part in the learner's backward.
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), unrecorded():
                 positions_P = torch.arange(length, device=self.embedding.device)
                 config = self.config
                 table = rotary_table(positions_P, config.rotary_dim, config.rope_theta, config.rope_scaling)

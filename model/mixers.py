@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
+from cispo.kernels.cpu_library import unrecorded
 from cispo.kernels.lightning_attention import (
     Decays,
     decays,
@@ -20,8 +21,9 @@ from cispo.kernels.lightning_attention import (
     lightning_decode,
     lightning_prefill,
 )
-from cispo.kernels.norm import gated_norm, rms_norm
+from cispo.kernels.norm import gated_norm
 from cispo.kernels.product import product
+from cispo.kernels.rows import add_bias, head_norms
 from cispo.kernels.softmax_attention import softmax_attention, softmax_decode, softmax_prefill
 from cispo.kernels.softmax_cpu import Pages
 from cispo.model.cache import DecodeStep, PrefillTarget, State, StateSpec
@@ -72,7 +74,7 @@ class LightningMixer(nn.Module):
         """Float32 whatever the weights' dtype: rounded decays are wrong decays."""
         if self._decays is None or self._decays.within_HCC.device != device:
             # The engine steps in inference mode, and constants made there could take no part in the learner's backward.
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), unrecorded():
                 self._decays = decays(self._slopes_H.to(device))
         return self._decays
 
@@ -141,15 +143,10 @@ class SoftmaxMixer(nn.Module):
         """Queries, keys and values of each row, ready to be rotated: [N, (H + 2 K) A]."""
         qkv = product(x_ND, self.qkv)
         if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias
+            qkv = add_bias(qkv, self.qkv_bias)
         if self.q_norm is None or self.k_norm is None:
             return qkv
-        rows = [heads * self.head_dim for heads in (self.heads, self.key_heads, self.key_heads)]
-        q, k, v = qkv.split(rows, dim=-1)
-        return torch.cat((self._head_norm(q, self.q_norm), self._head_norm(k, self.k_norm), v), dim=-1)
-
-    def _head_norm(self, x_NX: Tensor, weight_A: Tensor) -> Tensor:
-        return rms_norm(x_NX.reshape(-1, self.head_dim), weight_A, self.norm_epsilon).view(x_NX.shape)
+        return head_norms(qkv, self.q_norm, self.k_norm, self.norm_epsilon, self.heads, self.key_heads)
 
     def state_specs(self) -> list[StateSpec]:
         keys, values = (self.head_dim, CHUNK_LENGTH), (CHUNK_LENGTH, self.head_dim)

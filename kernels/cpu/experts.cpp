@@ -4,6 +4,7 @@
 // threads, and a decode step is one parallel region. A token's sum is one chain over its experts in order of their
 // number, and every product is one chain too, so its bits do not depend on the tokens beside it.
 #include "experts.h"
+#include "replay.h"
 
 using namespace cispo;
 
@@ -174,3 +175,5 @@ void cispo_experts(const float* x, const float* router, const float* gate_up, co
   }
 }
 }
+
+CISPO_REPLAY(experts)

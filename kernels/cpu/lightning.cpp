@@ -5,6 +5,7 @@
 // the last addition and multiplication rounded once. After a full chunk S = lam S + (chain over j of (lk_j k_j)^T v_j),
 // again rounded once. Terms of keys past the query are p = 0 and change nothing. See cispo.kernels.lightning_attention.
 #include "lightning.h"
+#include "replay.h"
 
 using namespace cispo;
 using namespace cispo::lightning;
@@ -162,3 +163,5 @@ void cispo_lightning_decode(const float* x, int64_t x_row, const int64_t* rows, 
   }
 }
 }
+
+CISPO_REPLAY(lightning_decode)

@@ -12,7 +12,7 @@ from cispo.model.checkpoint import load_policy
 from cispo.model.config import ModelConfig
 from cispo.model.decoder import Decoder, Experts
 from cispo.model.families import read_hf_config
-from cispo.model.routing import RoutingControl, RoutingLog
+from cispo.model.routing import ExpertRecord, RoutingControl, RoutingLog
 
 LENGTHS = (30, 1, 65, 12)
 
@@ -160,3 +160,92 @@ def test_a_threshold_takes_its_experts_out_of_the_first_layer(decoder: Decoder) 
 def test_a_threshold_outside_its_range_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match=r"must be in \[0, 1\), got"):
         RoutingControl(expert_thresholds=[0.2, threshold])
+
+
+def test_recorded_experts_are_taken_again_with_the_same_bits_and_gradients(decoder: Decoder) -> None:
+    sequences = random_sequences(decoder.config)
+    rows_M = torch.tensor([3, 30, 31, 90])
+    record = ExpertRecord(decoder.config)
+    recorded = decoder(*packed(sequences), rows_M=rows_M, routing=RoutingControl(record=record))
+    ids_NLK = record.ids_NLK
+    assert ids_NLK.dtype == torch.uint8
+    assert ids_NLK.shape == (sum(LENGTHS), len(decoder.config.routed_layers), 2)
+    replay = RoutingControl(replayed_ids_NLK=ids_NLK)
+    results = []
+    for control in (None, replay):
+        hidden_MD = decoder(*packed(sequences), rows_M=rows_M, routing=control)
+        gradients = torch.autograd.grad(hidden_MD.square().sum(), list(decoder.parameters()), allow_unused=True)
+        results.append([hidden_MD, *(gradient for gradient in gradients if gradient is not None)])
+    assert torch.equal(recorded, results[0][0])
+    assert len(results[0]) > len(list(decoder.parameters())) - 2
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
+def test_replayed_experts_stay_when_the_router_changes(decoder: Decoder, small_policy_folder: Path) -> None:
+    sequences = random_sequences(decoder.config)
+    record = ExpertRecord(decoder.config)
+    before = RoutingLog(decoder.config, len(sequences))
+    decoder(*packed(sequences), routing=RoutingControl(record=record, log=before))
+    moved = load_policy(small_policy_folder, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        for name, parameter in moved.named_parameters():
+            if name.endswith("router"):
+                parameter.neg_()
+    counts = []
+    for ids_NLK in (None, record.ids_NLK):
+        log = RoutingLog(moved.config, len(sequences))
+        hidden_ND = moved(*packed(sequences), routing=RoutingControl(log=log, replayed_ids_NLK=ids_NLK))
+        counts.append(log.tokens_BLE)
+    assert not torch.equal(counts[0], before.tokens_BLE)
+    assert torch.equal(counts[1], before.tokens_BLE)
+    moved.zero_grad()
+    torch.autograd.backward(hidden_ND.square().sum())
+    for experts in moved.modules():
+        if isinstance(experts, Experts):
+            assert experts.router is not None and experts.router.grad is not None
+            assert experts.router.grad.abs().sum() > 0, "the router learns through the weights of the replayed experts"
+
+
+def test_a_record_over_prefill_and_decode_is_that_of_one_forward(decoder: Decoder) -> None:
+    sequences = random_sequences(decoder.config, (20, 70, 66))
+    record = ExpertRecord(decoder.config)
+    control = RoutingControl(record=record)
+    decoder(*packed(sequences), routing=control)
+    wanted = record.ids_NLK.split([20, 70, 66])
+    with torch.inference_mode():
+        cache = decoder.new_cache(capacity=3, max_tokens=128)
+        heads = [sequence[:-2] for sequence in sequences]
+        decoder(*packed(heads), cache.extend(range(3), [18, 68, 64]), routing=control)
+        for ids_TLK, all_TLK in zip(record.ids_NLK.split([18, 68, 64]), wanted, strict=True):
+            assert torch.equal(ids_TLK, all_TLK[:-2])
+        for at in (-2, -1):
+            step = cache.begin_step(3)
+            ids_B = torch.stack([*(sequence[at] for sequence in sequences), torch.tensor(0)])
+            decoder.decode(ids_B, step, cache, control)
+            assert torch.equal(record.ids_NLK[:3], torch.stack([all_TLK[at] for all_TLK in wanted]))
+
+
+def test_what_cannot_be_replayed_is_refused(decoder: Decoder) -> None:
+    sequences = random_sequences(decoder.config)
+    with pytest.raises(ValueError, match=r"shape \(108, 4, 1\), but the tokens, routers and choices here are"):
+        ids_NLK = torch.zeros(sum(LENGTHS), 4, 1, dtype=torch.uint8)
+        decoder(*packed(sequences), routing=RoutingControl(replayed_ids_NLK=ids_NLK))
+    with pytest.raises(ValueError, match="no record can be kept"):
+        RoutingControl(expert_thresholds=[0.1], record=ExpertRecord(decoder.config))
+    with torch.inference_mode(), pytest.raises(ValueError, match="not in a decode step"):
+        cache = decoder.new_cache(capacity=4, max_tokens=64)
+        decoder(*packed(sequences[1:2]), cache.extend([0], [1]))
+        control = RoutingControl(replayed_ids_NLK=torch.zeros(4, 4, 2, dtype=torch.uint8))
+        decoder.decode(torch.zeros(4, dtype=torch.int64), cache.begin_step(1), cache, control)
+
+
+def test_ids_beyond_a_byte_take_two(family_configs: dict[str, dict[str, object]]) -> None:
+    settings = family_configs["qwen3_moe"] | {"model_type": "qwen3_moe", "moe_intermediate_size": 1}
+    for experts, dtype in ((256, torch.uint8), (257, torch.int16)):
+        record = ExpertRecord(read_hf_config(settings | {"num_experts": experts}))
+        record.add(0, torch.full((3, 2), experts - 1))
+        assert record.ids_NLK.dtype == record.room(1, 1).dtype == dtype
+        assert record.ids_NLK.max() == experts - 1
+    dense = read_hf_config(family_configs["qwen3"] | {"model_type": "qwen3"})
+    with pytest.raises(ValueError, match="no router"):
+        ExpertRecord(dense)
