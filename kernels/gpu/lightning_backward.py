@@ -11,13 +11,26 @@ a gradient is applied before it is written.
 N packed tokens, B sequences, H heads, C = 64 rows of a chunk, D head dim, V columns of a block.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cispo.kernels.chunks import CHUNK_LENGTH
+from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
 from cispo.kernels.gpu.build import Build
-from cispo.kernels.gpu.lightning_forward import HEAD_DIMS, POINTERS, SIZES, chunk_decays, chunk_output, chunk_state
+from cispo.kernels.gpu.lightning_forward import (
+    HEAD_DIMS,
+    POINTERS,
+    allow_descriptors,
+    chunk_decays,
+    chunk_output,
+    chunk_state,
+    forward,
+    launch,
+    silu_rows,
+)
 
 _CHUNK = tl.constexpr(CHUNK_LENGTH)
 _ROLES = tl.constexpr(3)
@@ -26,9 +39,9 @@ _ROLES = tl.constexpr(3)
 @triton.jit
 def backward_kernel(
     q, k, v, dout, x, dqkv, slopes_H, cu_seqlens, order_B, qkv_row, qkv_head, x_row, dqkv_row, heads,
-    D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_SILU: tl.constexpr,
+    D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dqkv: head by head dq, dk, dv. x: what q, k and v are SiLU of, head by head too, where HAS_SILU."""
+    """dqkv: head by head dq, dk, dv. x: what q, k and v are SiLU of, head by head too."""
     program = tl.program_id(0)
     BLOCKS: tl.constexpr = D // BLOCK_V
     block = program % BLOCKS * BLOCK_V
@@ -55,8 +68,7 @@ def backward_kernel(
     c_rows = tl.make_tensor_descriptor(c_at, [rows, BLOCK_V], [c_row, 1], [_CHUNK, BLOCK_V])
     gradient_at = dqkv + begin * dqkv_row + of_role
     gradient_rows = tl.make_tensor_descriptor(gradient_at, [rows, BLOCK_V], [dqkv_row, 1], [_CHUNK, BLOCK_V])
-    if HAS_SILU:
-        x_at = x + begin * x_row + of_role
+    x_at = x + begin * x_row + of_role
     within, query_decay, key_decay, chunk_decay = chunk_decays(tl.load(slopes_H + head), is_reverse)
     state = tl.zeros((D, BLOCK_V), tl.float32)
     chunks = tl.cdiv(rows, _CHUNK)
@@ -65,31 +77,70 @@ def backward_kernel(
         b_transposed = tl.trans(b_rows.load([chunk, 0]))
         c_chunk = c_rows.load([chunk, 0])
         gradient = chunk_output(a_rows.load([chunk, 0]), b_transposed, c_chunk, state, within, query_decay)
-        if HAS_SILU:
-            # Plain loads: with one more descriptor the registers do not suffice.
-            row = chunk + tl.arange(0, _CHUNK)
-            x_tile = x_at + row[:, None].to(tl.int64) * x_row + tl.arange(0, BLOCK_V)[None, :]
-            x_chunk = tl.load(x_tile, mask=(row < rows)[:, None], other=0.0).to(tl.float32)
-            sigmoid = 1.0 / (1.0 + tl.exp(-x_chunk))
-            gradient *= sigmoid * (1.0 + x_chunk * (1.0 - sigmoid))
+        # Plain loads: with one more descriptor the registers do not suffice.
+        row = chunk + tl.arange(0, _CHUNK)
+        x_tile = x_at + row[:, None].to(tl.int64) * x_row + tl.arange(0, BLOCK_V)[None, :]
+        x_chunk = tl.load(x_tile, mask=(row < rows)[:, None], other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-x_chunk))
+        gradient *= sigmoid * (1.0 + x_chunk * (1.0 - sigmoid))
         gradient_rows.store([chunk, 0], gradient.to(dqkv.dtype.element_ty))
         state = chunk_state(state, b_transposed, c_chunk, key_decay, chunk_decay)
 
 
 _TYPES = {name: POINTERS[name] for name in ("q", "k", "v", "slopes_H", "cu_seqlens", "order_B")}
-_TYPES |= dict.fromkeys(("dout", "x", "dqkv"), "*bf16") | SIZES | dict.fromkeys(("x_row", "dqkv_row"), "i32")
+_TYPES |= dict.fromkeys(("dout", "x", "dqkv"), "*bf16")
+_TYPES |= dict.fromkeys(("qkv_row", "qkv_head", "x_row", "dqkv_row", "heads"), "i32")
 _BACKWARD = {
-    (dim, has_silu): Build(
-        f"lightning_backward D={dim}{' with SiLU' if has_silu else ''}",
-        backward_kernel,
-        _TYPES,
-        {"D": dim, "BLOCK_V": 64, "HAS_SILU": has_silu},
+    dim: Build(
+        name=f"lightning_backward D={dim}",
+        kernel=backward_kernel,
+        types=_TYPES,
+        constants={"D": dim, "BLOCK_V": 64},
         num_warps=4,
-        num_stages=2,
+        num_stages=3,
         has_products=True,
         aligned=("qkv_row", "qkv_head", "x_row", "dqkv_row"),
     )
     for dim in HEAD_DIMS
-    for has_silu in (False, True)
 }
 BUILDS = list(_BACKWARD.values())
+
+
+def backward(qkv_NI: Tensor, x_NI: Tensor, dout_NJ: Tensor, slopes_H: Tensor, grid: ChunkGrid) -> Tensor:
+    """Gradient of the projections x_NI, contiguous [N, 3 J] in their dtype, from that of the outputs.
+
+    qkv_NI: SiLU of x_NI, contiguous. x_NI: rows of a stride that is a multiple of 16 elements. dout_NJ: contiguous.
+    """
+    heads = slopes_H.shape[0]
+    dim = qkv_NI.shape[1] // (3 * heads)
+    build = _BACKWARD[dim]
+    dx_NI = qkv_NI.new_empty(qkv_NI.shape)
+    parts = (qkv_NI, qkv_NI[:, dim:], qkv_NI[:, 2 * dim :])
+    programs = len(grid.lengths) * heads * 3 * (dim // build.constants["BLOCK_V"])
+    rows = (qkv_NI.stride(0), 3 * dim, x_NI.stride(0), dx_NI.stride(0))
+    allow_descriptors(qkv_NI)
+    places = (slopes_H, grid.cu_seqlens_B1, grid.longest_first_B)
+    launch(build, (programs,), *parts, dout_NJ, x_NI, dx_NI, *places, *rows, heads)
+    return dx_NI
+
+
+class LightningAttention(torch.autograd.Function):
+    """Whole sequences, differentiable in the projections. Kept for the backward: these and their SiLU."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, slopes_H: Tensor, grid: ChunkGrid) -> Tensor:
+        qkv_NI = silu_rows(x_NI)
+        ctx.save_for_backward(x_NI, qkv_NI, slopes_H)
+        ctx.grid = grid
+        return forward(qkv_NI, slopes_H, grid)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x_NI, qkv_NI, slopes_H = ctx.saved_tensors
+        return backward(qkv_NI, x_NI, gradients[0].contiguous(), slopes_H, ctx.grid), None, None
+
+
+def attention(x_NI: Tensor, slopes_H: Tensor, grid: ChunkGrid) -> Tensor:
+    """`forward` of the SiLU of projections x_NI [N, 3 J], rows of a stride that is a multiple of 16 elements."""
+    out_NJ: Tensor = LightningAttention.apply(x_NI, slopes_H, grid)  # type: ignore[no-untyped-call]
+    return out_NJ

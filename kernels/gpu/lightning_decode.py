@@ -1,19 +1,14 @@
 """One more token for each of many sequences: one row of the chunk step that training evaluates, in Triton.
 
-A sequence keeps, in its slot, the state at the last chunk boundary and the keys and values since. A step appends to the
+Sequence b keeps, in slot b, the state at the last chunk boundary and the keys and values since. A step appends to the
 latter and multiplies a tile of 64 rows, of which one is the token's: the products of training, so the bits of training.
 Where a chunk is full, a second launch takes it into the state; the device decides, so a step can be in a CUDA graph.
-
-Forks. A step reads slot source_B and writes slot target_B. Where they differ, it also copies the state and the rows since
-to the target, from which the sequence goes on (source = target from then on): the copy costs no read, because the step
-reads them anyway. Many targets may share a source, which may be a target of its own, as in a group whose first completion
-keeps the prompt's slot: a step writes only row row_B of that slot, which no other reads, and states change in the second
-launch. Targets must differ, and none may be the source of another sequence but of the one that stays in it.
 
 B sequences, S slots, H heads, C = 64 rows of a chunk, D head dim, V columns of a block, I = 3 H D projections.
 """
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,6 +22,7 @@ from cispo.kernels.gpu.lightning_forward import (
     chunk_state,
     decay,
     decay_rate,
+    launch,
     silu,
 )
 
@@ -35,7 +31,7 @@ _CHUNK = tl.constexpr(CHUNK_LENGTH)
 
 @triton.jit
 def decode_kernel(
-    qkv_BI, out_BJ, slopes_H, row_B, source_B, target_B, state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD,
+    qkv_BI, out_BJ, slopes_H, row_B, state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD,
     qkv_row, heads,
     D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_COPY: tl.constexpr,
 ):  # fmt: skip
@@ -45,8 +41,7 @@ def decode_kernel(
     head = program // BLOCKS % heads
     sequence = program // (BLOCKS * heads)
     at = tl.load(row_B + sequence).to(tl.int32)
-    source = tl.load(source_B + sequence) * heads + head
-    target = tl.load(target_B + sequence) * heads + head
+    place = sequence.to(tl.int64) * heads + head
     row = tl.arange(0, _CHUNK)
     dim = tl.arange(0, D)
     column = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -54,13 +49,13 @@ def decode_kernel(
     k_tile = dim[:, None] * _CHUNK + row[None, :]
     v_tile = row[:, None] * D + column[None, :]
     if HAS_COPY:
-        state = tl.load(copy_SHDD + source * D * D + state_tile)
+        state = tl.load(copy_SHDD + place * D * D + state_tile)
     else:
-        state = tl.load(state_SHDD + source * D * D + state_tile)
+        state = tl.load(state_SHDD + place * D * D + state_tile)
     # Whole groups of 16 rows, so that loads stay wide; what is not written is discarded after.
     is_near = row < (at + 15) // 16 * 16
-    k_chunk = tl.load(k_recent_SHDC + source * D * _CHUNK + k_tile, mask=is_near[None, :], other=0.0)
-    v_chunk = tl.load(v_recent_SHCD + source * D * _CHUNK + v_tile, mask=is_near[:, None], other=0.0)
+    k_chunk = tl.load(k_recent_SHDC + place * D * _CHUNK + k_tile, mask=is_near[None, :], other=0.0)
+    v_chunk = tl.load(v_recent_SHCD + place * D * _CHUNK + v_tile, mask=is_near[:, None], other=0.0)
     token = qkv_BI + sequence.to(tl.int64) * qkv_row + head * 3 * D
     q_token = silu(tl.load(token + dim))
     k_token = silu(tl.load(token + D + dim))
@@ -76,24 +71,13 @@ def decode_kernel(
     out_tile = (sequence * heads + head) * D + column[None, :] + row[:, None] * 0
     tl.store(out_BJ + out_tile, out.to(out_BJ.dtype.element_ty), mask=is_token[:, None])
     if block == 0:
-        tl.store(k_recent_SHDC + target * D * _CHUNK + dim * _CHUNK + at, k_token)
-    tl.store(v_recent_SHCD + target * D * _CHUNK + at * D + column, v_token)
-    if source != target:
-        # Read again, from the second-level cache: a sequence forks once, and kept till here these would fill registers.
-        if block == 0:
-            k_shared = tl.load(k_recent_SHDC + source * D * _CHUNK + k_tile, mask=is_near[None, :], other=0.0)
-            tl.store(k_recent_SHDC + target * D * _CHUNK + k_tile, k_shared, mask=is_before[None, :])
-        v_shared = tl.load(v_recent_SHCD + source * D * _CHUNK + v_tile, mask=is_near[:, None], other=0.0)
-        tl.store(v_recent_SHCD + target * D * _CHUNK + v_tile, v_shared, mask=is_before[:, None])
-        shared = tl.load(state_SHDD + source * D * D + state_tile)
-        tl.store(state_SHDD + target * D * D + state_tile, shared)
-        if HAS_COPY:
-            tl.store(copy_SHDD + target * D * D + state_tile, shared.to(copy_SHDD.dtype.element_ty))
+        tl.store(k_recent_SHDC + place * D * _CHUNK + dim * _CHUNK + at, k_token)
+    tl.store(v_recent_SHCD + place * D * _CHUNK + at * D + column, v_token)
 
 
 @triton.jit
 def flush_kernel(
-    slopes_H, row_B, slot_B, state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD, heads,
+    slopes_H, row_B, state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD, heads,
     D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_COPY: tl.constexpr,
 ):  # fmt: skip
     """Take the chunks that this step has filled into their states."""
@@ -102,7 +86,7 @@ def flush_kernel(
     sequence = program // (BLOCKS * heads)
     if tl.load(row_B + sequence) == _CHUNK - 1:
         head = program // BLOCKS % heads
-        place = tl.load(slot_B + sequence) * heads + head
+        place = sequence.to(tl.int64) * heads + head
         row = tl.arange(0, _CHUNK)
         dim = tl.arange(0, D)
         column = program % BLOCKS * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -116,19 +100,19 @@ def flush_kernel(
             tl.store(copy_SHDD + state_tile, state.to(copy_SHDD.dtype.element_ty))
 
 
-def _build(name: str, kernel: triton.JITFunction, types: dict[str, str], dim: int, has_copy: bool) -> Build:
+def _build(name: str, kernel: Any, dim: int, has_copy: bool) -> Build:
     nothing = {} if has_copy else {"copy_SHDD": None}
-    types = {argument: type for argument, type in types.items() if argument not in nothing}
+    types = {name: type for name, type in _TYPES.items() if name in kernel.arg_names and name not in nothing}
     constants = {"D": dim, "BLOCK_V": 64, "HAS_COPY": has_copy, **nothing}
-    return Build(f"{name} D={dim}{' copy' if has_copy else ''}", kernel, types, constants, 4, 1, True, ("qkv_row",))
+    aligned = ("qkv_row",) if "qkv_row" in types else ()
+    return Build(f"{name} D={dim}{' copy' if has_copy else ''}", kernel, types, constants, 4, 1, True, aligned)
 
 
-_CACHES = {"slopes_H": "*fp32", "state_SHDD": "*fp32", "row_B": "*i64", "heads": "i32"}
-_CACHES |= dict.fromkeys(("copy_SHDD", "k_recent_SHDC", "v_recent_SHCD"), "*bf16")
-_DECODE_TYPES = {"qkv_BI": "*bf16", "out_BJ": "*bf16", "source_B": "*i64", "target_B": "*i64", "qkv_row": "i32"}
+_TYPES = dict.fromkeys(("qkv_BI", "out_BJ", "copy_SHDD", "k_recent_SHDC", "v_recent_SHCD"), "*bf16")
+_TYPES |= {"slopes_H": "*fp32", "state_SHDD": "*fp32", "row_B": "*i64", "qkv_row": "i32", "heads": "i32"}
 _VARIANTS = [(dim, has_copy) for dim in HEAD_DIMS for has_copy in (False, True)]
-_DECODE = {key: _build("lightning_decode", decode_kernel, _CACHES | _DECODE_TYPES, *key) for key in _VARIANTS}
-_FLUSH = {key: _build("lightning_flush", flush_kernel, _CACHES | {"slot_B": "*i64"}, *key) for key in _VARIANTS}
+_DECODE = {variant: _build("lightning_decode", decode_kernel, *variant) for variant in _VARIANTS}
+_FLUSH = {variant: _build("lightning_flush", flush_kernel, *variant) for variant in _VARIANTS}
 BUILDS = [*_DECODE.values(), *_FLUSH.values()]
 
 
@@ -136,32 +120,24 @@ def decode(
     qkv_BI: Tensor,
     slopes_H: Tensor,
     row_B: Tensor,
-    source_B: Tensor,
-    target_B: Tensor,
     state_SHDD: Tensor,
     k_recent_SHDC: Tensor,
     v_recent_SHCD: Tensor,
     copy_SHDD: Tensor | None = None,
 ) -> Tensor:
-    """One token for each sequence, bfloat16 [B, J]; the caches are updated in place, without a wait for the host.
+    """One token for each of the sequences in slots 0 .. B - 1, [B, J] in qkv_BI's dtype; no wait for the host.
 
-    qkv_BI: projections before SiLU, rows of any stride. row_B: row of the token in its chunk; source_B, target_B: slots
-    that are read and written, see above (all int64). state_SHDD: float32; the others have qkv_BI's dtype. copy_SHDD: the
+    qkv_BI: projections before SiLU, rows of a stride that is a multiple of 16 elements. row_B: row of the token in its
+    chunk, int64. state_SHDD: float32; the other caches have qkv_BI's dtype. All are updated in place. copy_SHDD: the
     state rounded, where it is kept: it is read in its place, half the bytes and the same bits.
     """
     batch, heads = qkv_BI.shape[0], slopes_H.shape[0]
     dim = qkv_BI.shape[1] // (3 * heads)
     step, flush = (builds[dim, copy_SHDD is not None] for builds in (_DECODE, _FLUSH))
     out_BJ = qkv_BI.new_empty(batch, heads * dim)
-    block: int = step.constants["BLOCK_V"]
-    grid = (batch * heads * (dim // block),)
-    caches = state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD
-    sizes = {"D": dim, "BLOCK_V": block, "HAS_COPY": copy_SHDD is not None}
-    decode_kernel[grid](
-        qkv_BI, out_BJ, slopes_H, row_B, source_B, target_B, *caches, qkv_BI.stride(0), heads,
-        **sizes, num_warps=step.num_warps, num_stages=step.num_stages,
-    )  # fmt: skip
-    flush_kernel[grid](
-        slopes_H, row_B, target_B, *caches, heads, **sizes, num_warps=flush.num_warps, num_stages=flush.num_stages
-    )
+    programs = (batch * heads * (dim // step.constants["BLOCK_V"]),)
+    states = (state_SHDD,) if copy_SHDD is None else (state_SHDD, copy_SHDD)
+    caches = (*states, k_recent_SHDC, v_recent_SHCD)
+    launch(step, programs, qkv_BI, out_BJ, slopes_H, row_B, *caches, qkv_BI.stride(0), heads)
+    launch(flush, programs, slopes_H, row_B, *caches, heads)
     return out_BJ
