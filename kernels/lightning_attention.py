@@ -158,7 +158,7 @@ def lightning_attention(qkv_NI: Tensor, slopes: Decays, grid: ChunkGrid) -> Tens
     """o_t = sum_{j <= t} exp(-s (t - j)) (q_t . k_j) v_j for every packed sequence; [N, J]. No 1/sqrt(D) scale.
 
     qkv_NI: projections before SiLU, any float dtype; columns of a wider buffer will do. slopes: `decays` of the layer.
-    Differentiable in qkv_NI. The result is float32, or bfloat16 from the CUDA kernels, to which it is rounded next anyway.
+    Differentiable in qkv_NI. The result is float32, but bfloat16 from the CUDA kernels: it is rounded next in any case.
     """
     if _is_on_cuda(qkv_NI, slopes):
         from cispo.kernels.gpu import lightning_backward
@@ -246,7 +246,9 @@ def lightning_decode(
     k_recent_SHDC: Tensor,
     v_recent_SHCD: Tensor,
 ) -> Tensor:
-    """One token for each of the sequences in slots 0 .. B - 1; [B, J], float32 or as above. The three caches are updated in place.
+    """One token for each of the sequences in slots 0 .. B - 1; [B, J], in `lightning_attention`'s dtype.
+
+    The three caches are updated in place.
 
     qkv_BI: projections before SiLU. every_B: 0 .. B - 1, int64. row_B: row of the token in its chunk (position modulo
     64), int64. full_rows: indices of the sequences whose chunk this token completes (int64), or None when there is

@@ -4,9 +4,9 @@ With LA(a, b, c)_i = sum_{j <= i} exp(-s (i - j)) (a_i . b_j) c_j, and LA' the s
 
     dq = LA(dout, v, k)        dk = LA'(v, dout, q)        dv = LA'(k, q, dout)
 
-so nothing is kept of the forward but q, k and v. One launch has all three: a program picks its role at run time, and the
-two that walk backwards through the same operands lie side by side, where they share what they read. What SiLU does to
-a gradient is applied before it is written.
+so nothing is kept of the forward but q, k and v. One launch has all three: a program picks its role at run time, and
+the two that walk backwards through the same operands lie side by side, where they share what they read. What SiLU does
+to a gradient is applied before it is written.
 
 N packed tokens, B sequences, H heads, C = 64 rows of a chunk, D head dim, V columns of a block.
 """
@@ -142,5 +142,5 @@ class LightningAttention(torch.autograd.Function):
 
 def attention(x_NI: Tensor, slopes_H: Tensor, grid: ChunkGrid) -> Tensor:
     """`forward` of the SiLU of projections x_NI [N, 3 J], rows of a stride that is a multiple of 16 elements."""
-    out_NJ: Tensor = LightningAttention.apply(x_NI, slopes_H, grid)  # type: ignore[no-untyped-call]
+    out_NJ: Tensor = LightningAttention.apply(x_NI, slopes_H, grid)
     return out_NJ

@@ -1,8 +1,8 @@
 """Lightning attention of packed sequences in Triton: one walk over the chunks of 64, the state in registers.
 
 A program has one head of one sequence and a block of its value columns. It reads q, k and v once, writes the outputs,
-and stores no state between. The chunk step (`chunk_output`, `chunk_state`) is what decode and the backward evaluate too:
-operands in the inputs' dtype, sums and decays float32, the state rounded only as an operand.
+and stores no state between. The chunk step (`chunk_output`, `chunk_state`) is what decode and the backward evaluate
+too: operands in the inputs' dtype, sums and decays float32, the state rounded only as an operand.
 
 N packed tokens, B sequences or pieces, S slots, H heads, C = 64 rows of a chunk, D head dim, V columns of a block.
 """
@@ -81,7 +81,6 @@ def forward_kernel(
     sequence = tl.load(order_B + program // (BLOCKS * heads))
     begin = tl.load(cu_seqlens + sequence)
     rows = tl.load(cu_seqlens + sequence + 1) - begin
-    row = tl.arange(0, _CHUNK)
     dim = tl.arange(0, D)
     column = program % BLOCKS * BLOCK_V + tl.arange(0, BLOCK_V)
     within, query_decay, key_decay, chunk_decay = chunk_decays(tl.load(slopes_H + head), False)
