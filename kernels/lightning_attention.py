@@ -206,6 +206,7 @@ def lightning_prefill(
     if _is_on_cuda(qkv_NI, slopes):
         from cispo.kernels.gpu import lightning_forward
 
+        qkv_NI = lightning_forward.silu_rows(qkv_NI)
         return lightning_forward.prefill(qkv_NI, slopes.slopes_H, grid, slot_B, *caches)
     if _is_served(qkv_NI, slopes):
         return lightning_cpu.prefill(qkv_NI, slopes.table_HT, grid.lengths, grid.starts, slot_B, *caches)

@@ -72,7 +72,7 @@ def chunk_state(state, k_transposed, v, key_decay, chunk_decay):
 def forward_kernel(
     q, k, v, out, slopes_H, cu_seqlens, order_B, start_B, slot_B, state_SHDD,
     qkv_row, qkv_head, heads,
-    D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_SILU: tl.constexpr, IS_CACHED: tl.constexpr,
+    D: tl.constexpr, BLOCK_V: tl.constexpr, IS_CACHED: tl.constexpr,
 ):  # fmt: skip
     """q, k and v have one row stride and one head stride. order_B: longest first, so that no long one starts last."""
     program = tl.program_id(0)
@@ -107,11 +107,9 @@ def forward_kernel(
     v_rows = tl.make_tensor_descriptor(v_at, [rows, BLOCK_V], [qkv_row, 1], [_CHUNK, BLOCK_V])
     out_rows = tl.make_tensor_descriptor(out + out_at, [rows, BLOCK_V], [heads * D, 1], [_CHUNK, BLOCK_V])
     for chunk in range(0, rows, _CHUNK):
-        q_chunk, k_chunk, v_chunk = q_rows.load([chunk, 0]), k_rows.load([chunk, 0]), v_rows.load([chunk, 0])
-        if HAS_SILU:
-            q_chunk, k_chunk, v_chunk = silu(q_chunk), silu(k_chunk), silu(v_chunk)
-        k_transposed = tl.trans(k_chunk)
-        out_chunk = chunk_output(q_chunk, k_transposed, v_chunk, state, within, query_decay)
+        k_transposed = tl.trans(k_rows.load([chunk, 0]))
+        v_chunk = v_rows.load([chunk, 0])
+        out_chunk = chunk_output(q_rows.load([chunk, 0]), k_transposed, v_chunk, state, within, query_decay)
         out_rows.store([chunk, 0], out_chunk.to(out.dtype.element_ty))
         key_weight, state_weight = key_decay, chunk_decay
         if IS_CACHED:
@@ -150,9 +148,9 @@ def first_chunk_kernel(
         qkv_at = begin.to(tl.int64) * qkv_row + head * qkv_head
         q_tile = qkv_at + row[:, None] * qkv_row + dim[None, :]
         v_tile = qkv_at + row[:, None] * qkv_row + column[None, :]
-        q_rows = silu(tl.load(q + q_tile, mask=is_token, other=0.0))
-        k_rows = silu(tl.load(k + q_tile, mask=is_token, other=0.0))
-        v_rows = silu(tl.load(v + v_tile, mask=is_token, other=0.0))
+        q_rows = tl.load(q + q_tile, mask=is_token, other=0.0)
+        k_rows = tl.load(k + q_tile, mask=is_token, other=0.0)
+        v_rows = tl.load(v + v_tile, mask=is_token, other=0.0)
         k_before = k_recent_SHDC + place * D * _CHUNK + row[:, None] + dim[None, :] * _CHUNK
         v_before = v_recent_SHCD + place * D * _CHUNK + row[:, None] * D + column[None, :]
         k_rows = tl.where(is_cached, tl.load(k_before, mask=is_cached, other=0.0), k_rows)
@@ -182,8 +180,8 @@ def recent_kernel(
     is_token = ((last_begin + row >= cached_rows) & (last_begin + row < rows))[:, None]
     tile = (begin + last_begin).to(tl.int64) * qkv_row + head * qkv_head + row[:, None] * qkv_row + dim[None, :]
     recent_at = (tl.load(slot_B + sequence) * heads + head) * D * _CHUNK
-    k_rows = silu(tl.load(k + tile, mask=is_token, other=0.0))
-    v_rows = silu(tl.load(v + tile, mask=is_token, other=0.0))
+    k_rows = tl.load(k + tile, mask=is_token, other=0.0)
+    v_rows = tl.load(v + tile, mask=is_token, other=0.0)
     tl.store(k_recent_SHDC + recent_at + row[:, None] + dim[None, :] * _CHUNK, k_rows, mask=is_token)
     tl.store(v_recent_SHCD + recent_at + row[:, None] * D + dim[None, :], v_rows, mask=is_token)
 
@@ -219,17 +217,15 @@ def _build(name: str, kernel: Any, num_warps: int, num_stages: int, **constants:
 
 
 _TRAINED = {
-    dim: _build(
-        f"lightning_forward D={dim}", forward_kernel, 4, 3, D=dim, BLOCK_V=64, HAS_SILU=False, IS_CACHED=False
-    )
-    for dim in HEAD_DIMS
+    dim: _build(f"lightning_forward D={dim}", forward_kernel, 4, stages, D=dim, BLOCK_V=64, IS_CACHED=False)
+    for dim, stages in ((64, 3), (128, 4))
 }
 _PREFILLED = {
-    dim: _build(f"lightning_prefill D={dim}", forward_kernel, 8, 2, D=dim, BLOCK_V=64, HAS_SILU=True, IS_CACHED=True)
+    dim: _build(f"lightning_prefill D={dim}", forward_kernel, 4, 3, D=dim, BLOCK_V=64, IS_CACHED=True)
     for dim in HEAD_DIMS
 }
 _FIRST_CHUNK = {
-    dim: _build(f"lightning_first_chunk D={dim}", first_chunk_kernel, 4, 1, D=dim, BLOCK_V=64) for dim in HEAD_DIMS
+    dim: _build(f"lightning_first_chunk D={dim}", first_chunk_kernel, 8, 1, D=dim, BLOCK_V=64) for dim in HEAD_DIMS
 }
 _RECENT = {dim: _build(f"lightning_recent D={dim}", recent_kernel, 4, 1, D=dim) for dim in HEAD_DIMS}
 _SILU = _build("lightning_silu", silu_kernel, 4, 1, BLOCK=2048)
@@ -251,7 +247,10 @@ def allow_descriptors(x: Tensor) -> None:
 
 
 def silu_rows(x_NI: Tensor) -> Tensor:
-    """SiLU of rows of any stride, contiguous [N, I], with the bits that prefill and decode give it."""
+    """SiLU of rows of any stride, contiguous [N, I], with the bits that decode gives it.
+
+    A pass of its own: within the walk over the chunks, where two programs a head would take it, it costs more.
+    """
     rows, columns = x_NI.shape
     out_NI = x_NI.new_empty(rows, columns)
     launch(_SILU, (rows, triton.cdiv(columns, _SILU.constants["BLOCK"])), x_NI, out_NI, x_NI.stride(0), columns)
@@ -286,8 +285,8 @@ def prefill(
 ) -> Tensor:
     """Pieces that go on from their slots and leave there what the next goes on from; [N, J] in qkv_NI's dtype.
 
-    qkv_NI: projections before SiLU, [N, 3 J], rows of a stride that is a multiple of 16 elements. slot_B: int64, all
-    different. state_SHDD: float32; the other caches in qkv_NI's dtype.
+    qkv_NI: q, k and v after SiLU, head by head, contiguous [N, 3 J]. slot_B: int64, all different. state_SHDD: float32;
+    the other caches in qkv_NI's dtype.
     """
     heads, batch = slopes_H.shape[0], len(grid.lengths)
     dim = qkv_NI.shape[1] // (3 * heads)

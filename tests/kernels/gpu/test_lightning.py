@@ -67,7 +67,8 @@ def test_pieces_and_tokens_go_on_from_the_caches(dim: int, cuts: list[int], dtyp
     for begin, end in pairwise(cuts):
         pieces = [x[0][begin:end]] + ([x[1][:65]] if begin == 0 else [])
         grid = chunk_grid([len(piece) for piece in pieces], CPU, [begin, 0][: len(pieces)])
-        out = lightning_forward.prefill(torch.cat(pieces), SLOPES_H, grid, slot_B[: len(pieces)], *caches)
+        rows = lightning_forward.silu_rows(torch.cat(pieces))
+        out = lightning_forward.prefill(rows, SLOPES_H, grid, slot_B[: len(pieces)], *caches)
         assert error(out[: end - begin], wanted[0][begin:end]) < TOLERANCES[dtype]
         if begin == 0:
             assert error(out[end:], wanted[1][:65]) < TOLERANCES[dtype]
@@ -88,7 +89,8 @@ def test_pieces_leave_what_the_twin_leaves() -> None:
     lengths, slot_B = [64, 130, 3], torch.tensor([1, 2, 0])
     x_NI = random(sum(lengths), 3 * HEADS * 64)
     ours, theirs = empty_caches(3, 64, torch.float32), empty_caches(3, 64, torch.float32)
-    lightning_forward.prefill(x_NI, SLOPES_H, chunk_grid(lengths, CPU), slot_B, *ours)
+    rows_NI = lightning_forward.silu_rows(x_NI)
+    lightning_forward.prefill(rows_NI, SLOPES_H, chunk_grid(lengths, CPU), slot_B, *ours)
     lightning_prefill(x_NI, slopes, chunk_grid(lengths, CPU), slot_B, *theirs)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
     for slot, rows in ((2, 2), (0, 3)):
