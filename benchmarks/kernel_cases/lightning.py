@@ -179,7 +179,7 @@ CASES = [
     *_training_cases(8, 4096, 64, 128, (0.80, 3.0)),
     *_training_cases(1, 131_072, 64, 128, (None, None)),
     *_training_cases(8, 4096, 32, 64, (None, None)),
-    _case("lightning prefill, 65536 more, H64 D128", 8 * 65_536 * 64 * 128, None, lambda: _prefill(65_536, 64, 128), 128),
+    _case("lightning prefill, 64K more, H64 D128", 8 * 65_536 * 64 * 128, None, lambda: _prefill(65_536, 64, 128), 128),
     _case(
         "lightning decode, 64 steps, B64 H64 D128",
         _decode_bytes(64, 64, 128),

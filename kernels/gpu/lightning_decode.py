@@ -27,6 +27,8 @@ from cispo.kernels.gpu.lightning_forward import (
 )
 
 _CHUNK = tl.constexpr(CHUNK_LENGTH)
+FLUSH_PARTS = 16
+_FLUSH_PARTS = tl.constexpr(FLUSH_PARTS)
 
 
 @triton.jit
@@ -80,24 +82,24 @@ def flush_kernel(
     slopes_H, row_B, state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD, heads,
     D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_COPY: tl.constexpr,
 ):  # fmt: skip
-    """Take the chunks that this step has filled into their states."""
+    """Take the chunks that this step has filled into their states. Few programs: mostly there is nothing to do."""
     program = tl.program_id(0)
     BLOCKS: tl.constexpr = D // BLOCK_V
-    sequence = program // (BLOCKS * heads)
+    sequence = program // (BLOCKS * _FLUSH_PARTS)
     if tl.load(row_B + sequence) == _CHUNK - 1:
-        head = program // BLOCKS % heads
-        place = sequence.to(tl.int64) * heads + head
         row = tl.arange(0, _CHUNK)
         dim = tl.arange(0, D)
         column = program % BLOCKS * BLOCK_V + tl.arange(0, BLOCK_V)
-        state_tile = place * D * D + dim[:, None] * D + column[None, :]
-        k_chunk = tl.load(k_recent_SHDC + place * D * _CHUNK + dim[:, None] * _CHUNK + row[None, :])
-        v_chunk = tl.load(v_recent_SHCD + place * D * _CHUNK + row[:, None] * D + column[None, :])
-        _, _, key_decay, chunk_decay = chunk_decays(tl.load(slopes_H + head), False)
-        state = chunk_state(tl.load(state_SHDD + state_tile), k_chunk, v_chunk, key_decay, chunk_decay)
-        tl.store(state_SHDD + state_tile, state)
-        if HAS_COPY:
-            tl.store(copy_SHDD + state_tile, state.to(copy_SHDD.dtype.element_ty))
+        for head in range(program // BLOCKS % _FLUSH_PARTS, heads, _FLUSH_PARTS):
+            place = sequence.to(tl.int64) * heads + head
+            state_tile = place * D * D + dim[:, None] * D + column[None, :]
+            k_chunk = tl.load(k_recent_SHDC + place * D * _CHUNK + dim[:, None] * _CHUNK + row[None, :])
+            v_chunk = tl.load(v_recent_SHCD + place * D * _CHUNK + row[:, None] * D + column[None, :])
+            _, _, key_decay, chunk_decay = chunk_decays(tl.load(slopes_H + head), False)
+            state = chunk_state(tl.load(state_SHDD + state_tile), k_chunk, v_chunk, key_decay, chunk_decay)
+            tl.store(state_SHDD + state_tile, state)
+            if HAS_COPY:
+                tl.store(copy_SHDD + state_tile, state.to(copy_SHDD.dtype.element_ty))
 
 
 def _build(name: str, kernel: Any, dim: int, has_copy: bool) -> Build:
@@ -139,5 +141,6 @@ def decode(
     states = (state_SHDD,) if copy_SHDD is None else (state_SHDD, copy_SHDD)
     caches = (*states, k_recent_SHDC, v_recent_SHCD)
     launch(step, programs, qkv_BI, out_BJ, slopes_H, row_B, *caches, qkv_BI.stride(0), heads)
-    launch(flush, programs, slopes_H, row_B, *caches, heads)
+    flush_programs = (batch * FLUSH_PARTS * (dim // flush.constants["BLOCK_V"]),)
+    launch(flush, flush_programs, slopes_H, row_B, *caches, heads)
     return out_BJ

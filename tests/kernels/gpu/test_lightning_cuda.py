@@ -31,7 +31,7 @@ def projections(tokens: int, dim: int, seed: int = 0) -> Tensor:
 
 
 def reference(x_NI: Tensor, lengths: list[int]) -> Tensor:
-    """Decayed scores times values, sequence by sequence, in float64, of operands rounded as they are for the kernels."""
+    """Decayed scores times values, sequence by sequence, in float64, of operands rounded as for the kernels."""
     slopes_H11 = torch.tensor(SLOPES, device=CUDA, dtype=torch.float64)[:, None, None]
     outs = []
     exact_NI = F.silu(x_NI)
