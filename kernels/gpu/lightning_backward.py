@@ -21,7 +21,6 @@ from torch import Tensor
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
 from cispo.kernels.gpu.build import Build
 from cispo.kernels.gpu.lightning_forward import (
-    HEAD_DIMS,
     POINTERS,
     allow_descriptors,
     chunk_decays,
@@ -97,11 +96,11 @@ _BACKWARD = {
         types=_TYPES,
         constants={"D": dim, "BLOCK_V": 64},
         num_warps=4,
-        num_stages=3,
+        num_stages=stages,
         has_products=True,
         aligned=("qkv_row", "qkv_head", "x_row", "dqkv_row"),
     )
-    for dim in HEAD_DIMS
+    for dim, stages in ((64, 3), (128, 2))
 }
 BUILDS = list(_BACKWARD.values())
 
