@@ -20,7 +20,7 @@ CHUNK_LENGTH = 64
 
 @dataclass(frozen=True, eq=False)
 class ChunkGrid:
-    """Where each packed token lies on the chunk grid. All tensors are int64.
+    """Where each packed token lies on the chunk grid. All tensors are int64, but for the three that CUDA kernels read.
 
     lengths: tokens of each piece. starts: position of its first token in its sequence, 0 for a whole sequence.
     """
@@ -77,6 +77,22 @@ class ChunkGrid:
         first_row_B = self._first_chunk_B * CHUNK_LENGTH + starts_B % CHUNK_LENGTH
         tokens_N = torch.arange(sum(self.lengths))
         return (tokens_N + (first_row_B - first_token_B).repeat_interleave(lengths_B)).to(self.device)
+
+    @cached_property
+    def cu_seqlens_B1(self) -> Tensor:
+        """First token of each piece, then their number, int32 [B + 1]."""
+        lengths_B1 = torch.tensor((0, *self.lengths), dtype=torch.int64)
+        return torch.cumsum(lengths_B1, 0).to(self.device, torch.int32)
+
+    @cached_property
+    def start_B(self) -> Tensor:
+        """`starts`, int32."""
+        return torch.tensor(self.starts, dtype=torch.int32).to(self.device)
+
+    @cached_property
+    def longest_first_B(self) -> Tensor:
+        """The pieces by falling length, int32."""
+        return torch.argsort(torch.tensor(self.lengths), descending=True, stable=True).to(self.device, torch.int32)
 
     @cached_property
     def steps(self) -> tuple[tuple[Tensor, Tensor], ...]:

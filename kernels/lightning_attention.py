@@ -40,7 +40,7 @@ class Decays:
 
     within_CHC and query_CH11 are M and lq by row, for the one row of a decode step. table_HT is what the CPU kernels
     read: exp(-s (63 - u)) for u = 0 .. 63, zeros for u = 64 .. 127, then lq. Row i of M is the 64 values from 63 - i,
-    lk its first 64 values, lam its last.
+    lk its first 64 values, lam its last. slopes_H is what the CUDA kernels read, float32.
     """
 
     within_HCC: Tensor
@@ -50,6 +50,7 @@ class Decays:
     within_CHC: Tensor
     query_CH11: Tensor
     table_HT: Tensor
+    slopes_H: Tensor
 
 
 def decays(slopes_H: Tensor) -> Decays:
@@ -68,6 +69,7 @@ def decays(slopes_H: Tensor) -> Decays:
         within_CHC=within_HCC.transpose(0, 1).contiguous(),
         query_CH11=query_HC1.transpose(0, 1).unsqueeze(3).contiguous(),
         table_HT=torch.cat((key_HC1, torch.zeros_like(key_HC1), query_HC1), dim=1).squeeze(2),
+        slopes_H=slopes_H.float(),
     )
 
 
@@ -145,12 +147,23 @@ def _is_served(qkv_NI: Tensor, slopes: Decays) -> bool:
     return cpu_library.serves(qkv_NI) and lightning_cpu.takes(qkv_NI.shape[1] // (3 * heads))
 
 
+def _is_on_cuda(qkv_NI: Tensor, slopes: Decays) -> bool:
+    """Whether the Triton kernels take it: bfloat16 on CUDA, heads of 64 or 128, rows as their loads want them."""
+    dim = qkv_NI.shape[1] // (3 * slopes.slopes_H.shape[0])
+    is_aligned = qkv_NI.stride(1) == 1 and qkv_NI.stride(0) % 16 == 0 and qkv_NI.data_ptr() % 16 == 0
+    return qkv_NI.is_cuda and qkv_NI.dtype is torch.bfloat16 and dim in (64, 128) and is_aligned
+
+
 def lightning_attention(qkv_NI: Tensor, slopes: Decays, grid: ChunkGrid) -> Tensor:
-    """o_t = sum_{j <= t} exp(-s (t - j)) (q_t . k_j) v_j for every packed sequence; float32 [N, J]. No 1/sqrt(D) scale.
+    """o_t = sum_{j <= t} exp(-s (t - j)) (q_t . k_j) v_j for every packed sequence; [N, J]. No 1/sqrt(D) scale.
 
     qkv_NI: projections before SiLU, any float dtype; columns of a wider buffer will do. slopes: `decays` of the layer.
-    Differentiable in qkv_NI.
+    Differentiable in qkv_NI. The result is float32, but bfloat16 from the CUDA kernels: it is rounded next in any case.
     """
+    if _is_on_cuda(qkv_NI, slopes):
+        from cispo.kernels.gpu import lightning_backward
+
+        return lightning_backward.attention(qkv_NI, slopes.slopes_H, grid)
     if _is_served(qkv_NI, slopes):
         return lightning_cpu.attention(qkv_NI, slopes.table_HT, grid.lengths)
     grids = [grid.scatter(x) for x in _heads(qkv_NI, slopes.table_HT.shape[0])]
@@ -190,6 +203,11 @@ def lightning_prefill(
     What the caches hold of rows not yet written means nothing. Not differentiable.
     """
     caches = (state_SHDD, k_recent_SHDC, v_recent_SHCD)
+    if _is_on_cuda(qkv_NI, slopes):
+        from cispo.kernels.gpu import lightning_forward
+
+        qkv_NI = lightning_forward.silu_rows(qkv_NI)
+        return lightning_forward.prefill(qkv_NI, slopes.slopes_H, grid, slot_B, *caches)
     if _is_served(qkv_NI, slopes):
         return lightning_cpu.prefill(qkv_NI, slopes.table_HT, grid.lengths, grid.starts, slot_B, *caches)
     q, k, v = (grid.scatter(x) for x in _heads(qkv_NI, slopes.table_HT.shape[0]))
@@ -229,12 +247,18 @@ def lightning_decode(
     k_recent_SHDC: Tensor,
     v_recent_SHCD: Tensor,
 ) -> Tensor:
-    """One token for each of the sequences in slots 0 .. B - 1; float32 [B, J]. The three caches are updated in place.
+    """One token for each of the sequences in slots 0 .. B - 1; [B, J], in `lightning_attention`'s dtype.
+
+    The three caches are updated in place.
 
     qkv_BI: projections before SiLU. every_B: 0 .. B - 1, int64. row_B: row of the token in its chunk (position modulo
     64), int64. full_rows: indices of the sequences whose chunk this token completes (int64), or None when there is
-    none; their state takes the chunk in and the rows start anew.
+    none; their state takes the chunk in and the rows start anew. The CUDA kernels find them in row_B themselves.
     """
+    if _is_on_cuda(qkv_BI, slopes):
+        from cispo.kernels.gpu import lightning_decode as cuda
+
+        return cuda.decode(qkv_BI, slopes.slopes_H, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD)
     if _is_served(qkv_BI, slopes):
         return lightning_cpu.decode(qkv_BI, slopes.table_HT, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD)
     state, k_recent, v_recent = (cache[: len(qkv_BI)] for cache in (state_SHDD, k_recent_SHDC, v_recent_SHCD))
