@@ -18,6 +18,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 SM90 = GPUTarget("cuda", 90, 32)
@@ -71,8 +72,8 @@ def report(build: Build) -> Report:
     with tempfile.TemporaryDirectory() as scratch:
         ptx = Path(scratch) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
-        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-        command = [str(ptxas), "-arch=sm_90a", "-v", str(ptx), "-o", str(Path(scratch) / "kernel.cubin")]
+        ptxas = get_ptxas(SM90.arch).path  # the one of Triton's that knows the PTX it wrote
+        command = [ptxas, "-arch=sm_90a", "-v", str(ptx), "-o", str(Path(scratch) / "kernel.cubin")]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return Report(
         name=build.name,
