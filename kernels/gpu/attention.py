@@ -88,11 +88,15 @@ def absorb_tile(q, k, v, hidden_rows, maximum, total, out, scale, IS_MASKED: tl.
 
 
 @triton.jit
-def _key_tile(k_tiles, v_tiles, table, keys_begin, key_head, j, KEY_HEADS: tl.constexpr, DIM: tl.constexpr,
-              IS_PAGED: tl.constexpr):  # fmt: skip
-    """Keys [D, C] and values [C, D] of a sequence's tile j."""
+def key_block(table, j, tiles, key_head, KEY_HEADS: tl.constexpr, IS_PAGED: tl.constexpr):
+    """Which block of the pages, in key heads, is a sequence's tile j; tiles past the last have none, and packed none."""
+    return tl.load(table + j, mask=j < tiles, other=0).to(tl.int32) * KEY_HEADS + key_head if IS_PAGED else j
+
+
+@triton.jit
+def key_tile(k_tiles, v_tiles, block, keys_begin, key_head, j, DIM: tl.constexpr, IS_PAGED: tl.constexpr):
+    """Keys [D, C] and values [C, D] of a sequence's tile j, which `key_block` found."""
     if IS_PAGED:
-        block = tl.load(table + j).to(tl.int32) * KEY_HEADS + key_head
         keys, values = k_tiles.load([block * DIM, 0]), v_tiles.load([block * KEY_ROWS, 0])
     else:
         at = [keys_begin + j * KEY_ROWS, key_head * DIM]
@@ -121,15 +125,19 @@ def _forward(
     keys_begin = first - position
     last_position = position + tl.minimum(ROWS, end - first) - 1
     visible_tiles = (position + 1) // KEY_ROWS
+    tiles = last_position // KEY_ROWS + 1
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, DIM], tl.float32)
+    block = key_block(own_table, 0, tiles, key_head, KEY_HEADS, IS_PAGED)
     for j in tl.range(0, visible_tiles, num_stages=STAGES):
-        keys, values = _key_tile(k_tiles, v_tiles, own_table, keys_begin, key_head, j, KEY_HEADS, DIM, IS_PAGED)
+        keys, values = key_tile(k_tiles, v_tiles, block, keys_begin, key_head, j, DIM, IS_PAGED)
+        block = key_block(own_table, j + 1, tiles, key_head, KEY_HEADS, IS_PAGED)  # a tile ahead: no load waits for it
         maximum, total, attended = absorb_tile(queries, keys, values, row, maximum, total, attended, scale, False)
-    for j in tl.range(visible_tiles, last_position // KEY_ROWS + 1, num_stages=STAGES):
-        keys, values = _key_tile(k_tiles, v_tiles, own_table, keys_begin, key_head, j, KEY_HEADS, DIM, IS_PAGED)
+    for j in tl.range(visible_tiles, tiles, num_stages=STAGES):
+        keys, values = key_tile(k_tiles, v_tiles, block, keys_begin, key_head, j, DIM, IS_PAGED)
+        block = key_block(own_table, j + 1, tiles, key_head, KEY_HEADS, IS_PAGED)
         # Rows past the last position belong to another sequence or were never written, and zero times NaN is NaN.
         written = tl.arange(0, KEY_ROWS) + j * KEY_ROWS <= last_position
         values = tl.where(written[:, None], values, 0.0)
@@ -197,11 +205,16 @@ def forward_pages(
 
     tiles: of `query_tiles` with the position at which each piece starts. The same bits as the whole sequence at once.
     """
-    key_pages, values = pages.k_PKDC, pages.v_PKCD
-    dim = q_NX.shape[1] // heads
-    k_tiles = TensorDescriptor.from_tensor(key_pages.view(-1, CHUNK_LENGTH), [dim, CHUNK_LENGTH])
-    v_tiles = TensorDescriptor.from_tensor(values.view(-1, dim), [CHUNK_LENGTH, dim])
-    return _launch(q_NX, k_tiles, v_tiles, pages.table_BJ, heads, key_heads, tiles)
+    return _launch(q_NX, *page_tiles(pages), pages.table_BJ, heads, key_heads, tiles)
+
+
+def page_tiles(pages: Pages) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Keys [D, C] and values [C, D] of a page and key head, as the kernels load them."""
+    dim = pages.k_PKDC.shape[2]
+    return (
+        TensorDescriptor.from_tensor(pages.k_PKDC.view(-1, CHUNK_LENGTH), [dim, CHUNK_LENGTH]),
+        TensorDescriptor.from_tensor(pages.v_PKCD.view(-1, dim), [CHUNK_LENGTH, dim]),
+    )
 
 
 def _launch(
