@@ -23,18 +23,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cispo.kernels.chunks import CHUNK_LENGTH
 from cispo.kernels.gpu.build import Build
+from cispo.kernels.softmax_cpu import Pages
 
 KEY_ROWS = tl.constexpr(CHUNK_LENGTH)
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-class Pages(NamedTuple):
-    """Pages of keys (across) and values, contiguous, and which of them each sequence has, in order (int64)."""
-
-    k_PKDC: Tensor
-    v_PKCD: Tensor
-    table_BJ: Tensor
 
 
 class QueryTiles(NamedTuple):
@@ -48,11 +41,13 @@ class QueryTiles(NamedTuple):
     rows: int
 
 
-def query_tiles(cu_seqlens: Tensor, tokens: int, rows: int, start_B: Tensor | None = None) -> QueryTiles:
+def query_tiles(
+    cu_seqlens: Tensor, tokens: int, rows: int, start_B: Tensor | None = None, *, is_of_keys: bool = False
+) -> QueryTiles:
     """Cut packed sequences into tiles, on the device and without a host sync; the layers of a model share them.
 
     cu_seqlens: where each sequence begins in the packed rows, and the last one ends, [B + 1]. start_B: position of each
-    sequence's first packed token; None is 0.
+    sequence's first packed token; None is 0. is_of_keys: order them for the backward, by the queries that follow.
     """
     begin_B, end_B = cu_seqlens[:-1], cu_seqlens[1:]
     tiles_B = (end_B - begin_B + rows - 1) // rows
@@ -65,7 +60,8 @@ def query_tiles(cu_seqlens: Tensor, tokens: int, rows: int, start_B: Tensor | No
     start_T = offset_T if start_B is None else offset_T + start_B[sequence_T]
     first_T = (begin_B[sequence_T] + offset_T).where(exists_T, tokens)
     tile_T4 = torch.stack((first_T, end_B[sequence_T], start_T, sequence_T), dim=1)
-    heavy_first_T = torch.where(exists_T, start_T, -1).argsort(descending=True, stable=True)
+    weight_T = end_B[sequence_T] - first_T if is_of_keys else start_T
+    heavy_first_T = torch.where(exists_T, weight_T, -1).argsort(descending=True, stable=True)
     return QueryTiles(tile_T4[heavy_first_T].to(torch.int32), rows)
 
 
@@ -89,7 +85,7 @@ def absorb_tile(q, k, v, hidden_rows, maximum, total, out, scale, IS_MASKED: tl.
 
 @triton.jit
 def key_block(table, j, tiles, key_head, KEY_HEADS: tl.constexpr, IS_PAGED: tl.constexpr):
-    """Which block of the pages, in key heads, is a sequence's tile j; tiles past the last have none, and packed none."""
+    """Which block of the pages, in key heads, is a sequence's tile j; 0 past the last tile, and packed keys have none."""
     return tl.load(table + j, mask=j < tiles, other=0).to(tl.int32) * KEY_HEADS + key_head if IS_PAGED else j
 
 
@@ -104,7 +100,7 @@ def key_tile(k_tiles, v_tiles, block, keys_begin, key_head, j, DIM: tl.constexpr
     return keys, values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "tokens"])
 def _forward(
     q, q_row, k_tiles, v_tiles, table, table_row, tile_T4, out, logsumexp, tokens, scale,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, IS_PAGED: tl.constexpr,
@@ -151,10 +147,11 @@ def _forward(
 
 
 def _build(dim: int, is_paged: bool, rows: int, num_warps: int, num_stages: int) -> Build:
+    rows_by_dim = f"tensordesc<bf16[{CHUNK_LENGTH}, {dim}]>"
     types = {
         "q": "*bf16", "q_row": "i32",
-        "k_tiles": f"tensordesc<bf16[{dim}, {CHUNK_LENGTH}]>" if is_paged else f"tensordesc<bf16[{CHUNK_LENGTH}, {dim}]>",
-        "v_tiles": f"tensordesc<bf16[{CHUNK_LENGTH}, {dim}]>",
+        "k_tiles": f"tensordesc<bf16[{dim}, {CHUNK_LENGTH}]>" if is_paged else rows_by_dim,
+        "v_tiles": rows_by_dim,
         "table": "*i64", "table_row": "i32", "tile_T4": "*i32", "out": "*bf16", "logsumexp": "*fp32",
         "tokens": "i32", "scale": "fp32",
     }  # fmt: skip
@@ -189,8 +186,8 @@ def forward(
     """Attention of packed queries to the packed keys and values of their own sequence, up to their own position.
 
     q_NX [N, H * D], k_NX and v_NX [N, K * D]: rotated, of one dtype; rows may be strided (columns of a wider tensor),
-    addresses and row strides multiples of 16 bytes. tiles: of `query_tiles`, all starts 0. Returns the output, [N, H * D]
-    in their dtype, and the log-sum-exp of each query's scaled scores, float32 [H, N].
+    addresses and row strides multiples of 16 bytes. tiles: of `query_tiles`, all starts 0. Returns the output in their
+    dtype, [N, H * D], and the log-sum-exp of each query's scaled scores, float32 [H, N].
     """
     dim = q_NX.shape[1] // heads
     block = [CHUNK_LENGTH, dim]

@@ -13,14 +13,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cispo.kernels.chunks import CHUNK_LENGTH
-from cispo.kernels.gpu.attention import KEY_ROWS, LOG2_E, Pages, absorb_tile, key_tile, page_tiles
+from cispo.kernels.gpu.attention import KEY_ROWS, LOG2_E, absorb_tile, key_block, key_tile, page_tiles
 from cispo.kernels.gpu.build import Build
+from cispo.kernels.softmax_cpu import Pages
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])
 def _decode(
     q, q_row, k_tiles, v_tiles, table, table_row, position_B, out, scale,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
@@ -35,15 +35,19 @@ def _decode(
     position = tl.load(position_B + sequence).to(tl.int32)
     own_table = table + sequence * table_row
     visible_tiles = (position + 1) // KEY_ROWS
+    tiles = position // KEY_ROWS + 1
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, DIM], tl.float32)
+    block = key_block(own_table, 0, tiles, key_head, KEY_HEADS, True)
     for j in tl.range(0, visible_tiles, num_stages=STAGES):
-        keys, values = key_tile(k_tiles, v_tiles, own_table, 0, key_head, j, KEY_HEADS, DIM, True)
+        keys, values = key_tile(k_tiles, v_tiles, block, 0, key_head, j, DIM, True)
+        block = key_block(own_table, j + 1, tiles, key_head, KEY_HEADS, True)
         maximum, total, attended = absorb_tile(queries, keys, values, row, maximum, total, attended, scale, False)
-    for j in tl.range(visible_tiles, position // KEY_ROWS + 1, num_stages=1):
-        keys, values = key_tile(k_tiles, v_tiles, own_table, 0, key_head, j, KEY_HEADS, DIM, True)
+    for j in tl.range(visible_tiles, tiles, num_stages=1):
+        keys, values = key_tile(k_tiles, v_tiles, block, 0, key_head, j, DIM, True)
+        block = key_block(own_table, j + 1, tiles, key_head, KEY_HEADS, True)
         offset = position - j * KEY_ROWS
         values = tl.where((tl.arange(0, KEY_ROWS) <= offset)[:, None], values, 0.0)
         rows = tl.zeros([ROWS], tl.int32) + offset

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cispo.kernels.chunks import CHUNK_LENGTH
-from cispo.kernels.gpu.attention import Pages, QueryTiles
+from cispo.kernels.gpu.attention import QueryTiles
 from cispo.kernels.gpu.build import Build
+from cispo.kernels.softmax_cpu import Pages
 
 PAGE_ROWS = tl.constexpr(CHUNK_LENGTH)
 
@@ -41,7 +42,7 @@ def _rotated(x, x_row, rotary, rows, exists, head, HALF: tl.constexpr, DIM: tl.c
     return own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "tokens"])
 def _rotate(
     x, x_row, rotary, tile_T4, position_B, k_pages, v_pages, table, table_row, out, out_row, tokens,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
@@ -78,7 +79,6 @@ def _rotate(
         rotated = _rotated(x, x_row, rotary, rows, exists, head, HALF, DIM, IS_INVERSE)
         to = out + rows[:, None] * out_row + head * DIM + dim[None, :]
         tl.store(to, rotated.to(out.dtype.element_ty), mask=exists[:, None])
-
 
 
 def _build(name: str, dim: int, *, is_paged: bool, is_decode: bool, is_inverse: bool) -> Build:
@@ -142,7 +142,7 @@ def rotate(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int) -> Te
 
 
 def rotate_back(dqk_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, dqkv_NX: Tensor) -> None:
-    """Gradients of rotated queries and keys, float32 [N, (H + K) * D], to the first columns of those of a projection."""
+    """Gradients of rotated queries and keys, float32 [N, (H + K) * D], into the first columns of the projection's."""
     _launch(_INVERSE, dqk_NX, rotary_N2R, heads, key_heads, dqkv_NX)
 
 
