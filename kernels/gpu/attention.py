@@ -85,7 +85,7 @@ def absorb_tile(q, k, v, hidden_rows, maximum, total, out, scale, IS_MASKED: tl.
 
 @triton.jit
 def key_block(table, j, tiles, key_head, KEY_HEADS: tl.constexpr, IS_PAGED: tl.constexpr):
-    """Which block of the pages, in key heads, is a sequence's tile j; 0 past the last tile, and packed keys have none."""
+    """Which block of the pages, in key heads, is a sequence's tile j; 0 past the last, and none if packed."""
     return tl.load(table + j, mask=j < tiles, other=0).to(tl.int32) * KEY_HEADS + key_head if IS_PAGED else j
 
 
