@@ -96,7 +96,7 @@ def _absorb_queries(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _key_gradients(
-    q_tiles, dout_tiles, k, k_row, v, v_row, logsumexp, delta, tile_T4, dk, dk_row, dv, dv_row, tokens, scale,
+    q_tiles, dout_tiles, k_tiles, v_tiles, logsumexp, delta, tile_T4, dk, dk_row, dv, dv_row, tokens, scale,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -110,8 +110,7 @@ def _key_gradients(
     exists = (first + key < end)[:, None]
     at = (first + key).to(tl.int64)[:, None]
     columns = (key_head * DIM + tl.arange(0, DIM))[None, :]
-    keys = tl.load(k + at * k_row + columns, mask=exists, other=0.0)
-    values = tl.load(v + at * v_row + columns, mask=exists, other=0.0)
+    keys, values = k_tiles.load([first, key_head * DIM]), v_tiles.load([first, key_head * DIM])
     dkeys = tl.zeros([KEYS, DIM], tl.float32)
     dvalues = tl.zeros([KEYS, DIM], tl.float32)
     after = tl.minimum(first + KEYS, end)
@@ -145,15 +144,15 @@ def _build_queries(dim: int, rows: int, num_warps: int, num_stages: int) -> Buil
 
 
 def _build_keys(dim: int, keys: int, rows: int, num_warps: int, num_stages: int) -> Build:
-    tiles = f"tensordesc<bf16[{rows}, {dim}]>"
+    tiles, key_tiles = (f"tensordesc<bf16[{count}, {dim}]>" for count in (rows, keys))
     types = {
-        "q_tiles": tiles, "dout_tiles": tiles, "k": "*bf16", "k_row": "i32", "v": "*bf16", "v_row": "i32",
+        "q_tiles": tiles, "dout_tiles": tiles, "k_tiles": key_tiles, "v_tiles": key_tiles,
         "logsumexp": "*fp32", "delta": "*fp32", "tile_T4": "*i32", "dk": "*fp32", "dk_row": "i32", "dv": "*bf16",
         "dv_row": "i32", "tokens": "i32", "scale": "fp32",
     }  # fmt: skip
     constants = {"HEADS": 16, "KEY_HEADS": 4, "DIM": dim, "KEYS": keys, "ROWS": rows, "STAGES": num_stages}
     name = f"attention backward, keys and values, D {dim}"
-    aligned = ("k_row", "v_row", "dk_row", "dv_row")
+    aligned = ("dk_row", "dv_row")
     return Build(name, _key_gradients, types, constants, num_warps, num_stages, True, aligned)
 
 
@@ -203,9 +202,9 @@ def backward(
         **{**build.constants, **shape}, num_warps=build.num_warps, num_stages=build.num_stages,
     )  # fmt: skip
     build = _KEYS[dim]
-    rows = build.constants["ROWS"]
+    keys, rows = build.constants["KEYS"], build.constants["ROWS"]
     _key_gradients[key_heads, len(key_tiles.tile_T4)](
-        _tiles(q_NX, rows, dim), _tiles(dout_NX, rows, dim), k_NX, k_NX.stride(0), v_NX, v_NX.stride(0),
+        _tiles(q_NX, rows, dim), _tiles(dout_NX, rows, dim), _tiles(k_NX, keys, dim), _tiles(v_NX, keys, dim),
         logsumexp_HN, delta_HN, key_tiles.tile_T4, dk_NX, dk_NX.stride(0), dv_NX, dv_NX.stride(0), tokens, scale,
         **{**build.constants, **shape}, num_warps=build.num_warps, num_stages=build.num_stages,
     )  # fmt: skip
