@@ -106,6 +106,7 @@ def _key_gradients(
     if first >= tokens:
         return
     GROUP: tl.constexpr = HEADS // KEY_HEADS
+    tl.static_assert(KEYS % ROWS == 0)  # the masked query tiles end where the others begin
     key = tl.arange(0, KEYS)
     exists = (first + key < end)[:, None]
     at = (first + key).to(tl.int64)[:, None]
@@ -158,16 +159,16 @@ def _build_keys(dim: int, keys: int, rows: int, num_warps: int, num_stages: int)
 
 _QUERIES: Mapping[int, Build] = {
     64: _build_queries(64, rows=128, num_warps=8, num_stages=3),
-    128: _build_queries(128, rows=128, num_warps=8, num_stages=2),
+    128: _build_queries(128, rows=128, num_warps=8, num_stages=3),
 }
 _KEYS: Mapping[int, Build] = {
-    64: _build_keys(64, keys=128, rows=64, num_warps=8, num_stages=2),
-    128: _build_keys(128, keys=128, rows=32, num_warps=8, num_stages=2),
+    64: _build_keys(64, keys=64, rows=64, num_warps=4, num_stages=2),
+    128: _build_keys(128, keys=64, rows=32, num_warps=4, num_stages=2),
 }
 
 BUILDS: list[Build] = [*_QUERIES.values(), *_KEYS.values()]
 
-KEY_TILE_ROWS = 128
+KEY_TILE_ROWS = 64
 """Rows of the key tiles that `backward` takes; every entry of the table has it."""
 
 

@@ -18,8 +18,12 @@ from cispo.kernels.chunks import ChunkGrid
 from cispo.kernels.gpu.attention import QUERY_ROWS, QueryTiles, forward, forward_pages, query_tiles
 from cispo.kernels.gpu.attention_backward import KEY_TILE_ROWS, backward
 from cispo.kernels.gpu.attention_decode import decode as decode_pages
+from cispo.kernels.gpu.build import Build
 from cispo.kernels.gpu.rotary import APPEND_ROWS, rotate, rotate_and_append, rotate_and_append_decode, rotate_back
 from cispo.kernels.softmax_cpu import Pages
+
+BUILDS: list[Build] = []
+"""No kernel is here: each module that has some lists its own."""
 
 
 class _Tiles(NamedTuple):
