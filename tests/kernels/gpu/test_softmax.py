@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cispo.kernels import cpu_library
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid, chunk_grid
-from cispo.kernels.softmax_attention import softmax_attention
+from cispo.kernels.softmax_attention import softmax_attention, softmax_decode, softmax_prefill
 from cispo.kernels.softmax_cpu import Pages
 from cispo.model.mixers import rotary_table
 
@@ -137,3 +137,26 @@ def test_gradients_on_a_gpu_are_right_and_do_not_depend_on_neighbours(size: Size
     sequences = zip(qkv.split(lengths), rotary.split(lengths), *packed, strict=True)
     for rows, angles, *expected in sequences:
         assert all(map(torch.equal, out_and_gradient(rows, angles, size, [len(rows)]), expected))
+
+
+@pytest.mark.gpu
+def test_a_graph_of_a_decode_step_goes_on_as_positions_do() -> None:
+    size, device, prompt, length = (16, 4, 64, 32), torch.device("cuda"), 60, 200
+    heads, key_heads = size[:2]
+    qkv, rotary = inputs([length], size, torch.bfloat16, device)
+    whole = softmax_attention(qkv, rotary, heads, key_heads, grid_of([length]))
+    pages = new_pages([length], size, torch.bfloat16, device)
+    softmax_prefill(qkv[:prompt], rotary[:prompt], heads, key_heads, grid_of([prompt]), pages)
+    row, angle = qkv[prompt : prompt + 1].clone(), rotary[prompt : prompt + 1].clone()
+    position_B = torch.tensor([prompt], device=device)
+    softmax_decode(row, angle, heads, key_heads, pages, position_B, 1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = softmax_decode(row, angle, heads, key_heads, pages, position_B, 1)
+    for at in range(prompt, length):
+        row.copy_(qkv[at : at + 1])
+        angle.copy_(rotary[at : at + 1])
+        position_B.fill_(at)
+        graph.replay()
+        assert torch.equal(out[0], whole[at])
