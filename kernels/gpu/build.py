@@ -18,6 +18,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 SM90 = GPUTarget("cuda", 90, 32)
@@ -57,7 +58,7 @@ class Report:
 
 
 def report(build: Build) -> Report:
-    """Compile for sm_90 and assemble; needs Triton's own ptxas and no GPU."""
+    """Compile for sm_90 and assemble with the ptxas that Triton picks for it; needs no GPU."""
     arguments = build.kernel.arg_names
     types = {name: build.types.get(name, "constexpr") for name in arguments}
     attributes = {
@@ -71,8 +72,7 @@ def report(build: Build) -> Report:
     with tempfile.TemporaryDirectory() as scratch:
         ptx = Path(scratch) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
-        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-        command = [str(ptxas), "-arch=sm_90a", "-v", str(ptx), "-o", str(Path(scratch) / "kernel.cubin")]
+        command = [get_ptxas(SM90.arch).path, "-arch=sm_90a", "-v", str(ptx), "-o", str(Path(scratch) / "kernel.cubin")]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return Report(
         name=build.name,
