@@ -84,6 +84,8 @@ def write_policy(folder: Path) -> transformers.MiniMaxForCausalLM:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(["<end>", "<pad>"])
+    # Every row of the embedding has a token, or only the other side would sample from all of them.
+    fast.add_tokens([f"<{index}>" for index in range(fast.get_vocab_size(), VOCABULARY)])
     fast.save(str(folder / "tokenizer.json"))
     template = "{{ messages[0]['content'] }}"
     settings = {"eos_token": "<end>", "pad_token": "<pad>", "chat_template": template}

@@ -56,6 +56,7 @@ class RolloutWorker:
             SamplingSettings(rollout.max_completion_tokens, recipe.seed),
             max_concurrent_completions=rollout.max_concurrent_completions,
             max_prompt_tokens=rollout.max_prompt_tokens,
+            records_experts=recipe.learner.routing_replay,
         )
 
     def sample(self, request: SampleRequest) -> Iterator[Group]:

@@ -5,7 +5,7 @@ before anything is split, and multiplied into the coefficient. So loss and gradi
 any split into micro batches and any order of packing. Nothing is padded.
 
 Shape suffixes: T tokens of one sequence, N packed tokens of a micro batch (or tokens of a TokenBatch), M loss tokens of
-a micro batch, B sequences.
+a micro batch, B sequences, L layers that have a router, K experts a token.
 """
 
 from collections import defaultdict
@@ -20,7 +20,7 @@ from torch import Tensor
 from cispo.advantage import AdvantageBatch
 from cispo.errors import CispoError
 from cispo.objective_settings import Reduction
-from cispo.types import BoolArray, Float32Array, Int32Array, Rollout, ScoredGroup
+from cispo.types import BoolArray, ExpertIdArray, Float32Array, Int32Array, Rollout, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +67,7 @@ class TrainSequence:
     """One completion with its prompt, ready to train on; arrays have shape [T].
 
     loss_mask_T is True where the policy sampled the token; `sequence` and `group` are indices in the generation batch.
+    expert_ids_TLK: the experts of every token but the last while sampling, if they were recorded.
     """
 
     token_ids_T: Int32Array
@@ -77,6 +78,7 @@ class TrainSequence:
     sequence: int
     group: int
     prompt_id: str
+    expert_ids_TLK: ExpertIdArray | None = None
 
     @property
     def loss_tokens(self) -> int:
@@ -93,7 +95,8 @@ class MicroBatch:
     """Packed sequences of one forward and backward, and the rows among them that predict a loss token.
 
     ids_N, positions_N: int64; cu_seqlens: int32 [B + 1]; rows_M: int64, increasing; targets_M: int64, the token after
-    each of those rows; tokens: the M loss tokens in the same order.
+    each of those rows; tokens: the M loss tokens in the same order; expert_ids_NLK: the experts of each token while
+    sampling, None unless they were recorded for all of them.
     """
 
     ids_N: Tensor
@@ -102,12 +105,12 @@ class MicroBatch:
     rows_M: Tensor
     targets_M: Tensor
     tokens: TokenBatch
+    expert_ids_NLK: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On another device, but for cu_seqlens, which the decoder reads on the host: there it would have to wait."""
-        moved = {
-            field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "cu_seqlens"
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cu_seqlens"}
+        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in values.items()}
         return MicroBatch(cu_seqlens=self.cu_seqlens, **moved)
 
 
@@ -141,6 +144,7 @@ def _sequence(rollout: Rollout, advantage: float, sequence: int, group: int) -> 
         sequence=sequence,
         group=group,
         prompt_id=rollout.prompt_id,
+        expert_ids_TLK=rollout.expert_ids_TLK,
     )
 
 
@@ -251,4 +255,10 @@ def _micro_batch(sequences: Sequence[TrainSequence], weights: Sequence[float]) -
             group_N=per_token([sequence.group for sequence in sequences], torch.int64),
             policy_version_N=gathered("policy_version_T").long(),
         ),
+        expert_ids_NLK=_expert_ids(sequences),
     )
+
+
+def _expert_ids(sequences: Sequence[TrainSequence]) -> Tensor | None:
+    parts = [seq.expert_ids_TLK[: seq.inputs] for seq in sequences if seq.expert_ids_TLK is not None]
+    return torch.from_numpy(np.concatenate(parts)) if len(parts) == len(sequences) else None

@@ -31,6 +31,7 @@ from cispo.kernels.head_loss import HeadLoss, head_logprobs, head_policy_loss
 from cispo.learner_metrics import StepRecord
 from cispo.learner_settings import LearnerSettings, scheduled_learning_rate
 from cispo.model.decoder import Decoder
+from cispo.model.routing import RoutingControl
 from cispo.objective import build_objective
 from cispo.objective_settings import DrGrpoSettings, ObjectiveSettings
 from cispo.optimizer import MasterAdamW
@@ -143,9 +144,21 @@ class Learner:
 
     def _logprobs(self, decoder: Decoder, micro: MicroBatch) -> Tensor:
         there = micro.to(self._device)
-        hidden_MD = decoder(there.ids_N, there.positions_N, there.cu_seqlens, rows_M=there.rows_M)
+        hidden_MD = self._hidden(decoder, there)
         logprob_M, _ = head_logprobs(hidden_MD, decoder.head_weight, there.targets_M, temperature=self._temperature)
         return logprob_M.cpu()
+
+    def _hidden(self, decoder: Decoder, micro: MicroBatch) -> Tensor:
+        """Hidden states of the rows that predict a loss token; the reference routes by itself, it is another policy."""
+        routing = None
+        if self._settings.routing_replay and decoder is self.decoder:
+            if micro.expert_ids_NLK is None:
+                raise ValueError("routing_replay needs rollouts with expert ids; sample with records_experts=True")
+            routing = RoutingControl(replayed_ids_NLK=micro.expert_ids_NLK)
+        hidden_MD: Tensor = decoder(
+            micro.ids_N, micro.positions_N, micro.cu_seqlens, rows_M=micro.rows_M, routing=routing
+        )
+        return hidden_MD
 
     def _update(
         self,
@@ -184,7 +197,7 @@ class Learner:
             return self._objective.coefficients(tokens).coefficient_N
 
         head = head_policy_loss(
-            self.decoder(micro.ids_N, micro.positions_N, micro.cu_seqlens, rows_M=micro.rows_M),
+            self._hidden(self.decoder, micro),
             self.decoder.head_weight,
             micro.targets_M,
             coefficients,

@@ -3,7 +3,7 @@
 A rollout is a list of turns, and nothing here assumes that there is one turn only. All records are plain, frozen and
 picklable, because they cross process borders as they are.
 
-Shape suffix: T tokens of one sequence.
+Shape suffixes: T tokens of one sequence, L layers that have a router, K experts a token.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ import numpy.typing as npt
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
+ExpertIdArray = npt.NDArray[np.uint8 | np.int16]
 
 
 class StopReason(StrEnum):
@@ -55,19 +56,23 @@ class Turn:
     """Consecutive tokens after the prompt, with what was known when they were sampled; all arrays have shape [T].
 
     loss_mask is True where the policy sampled the token itself; logprobs and policy versions elsewhere are 0.
+    expert_ids_TLK: the experts that the routers chose where each token was predicted, that is at the token before it;
+    None unless they were recorded. They stay in memory: no file of a run holds them.
     """
 
     token_ids_T: Int32Array
     loss_mask_T: BoolArray
     logprobs_T: Float32Array
     policy_versions_T: Int32Array
+    expert_ids_TLK: ExpertIdArray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
     """One sampled completion of one prompt: `completion_index` of the `group_size` in its group.
 
-    text is the completion decoded without special tokens, over all turns.
+    text is the completion decoded without special tokens, over all turns. prompt_expert_ids_TLK: as in Turn, of the
+    prompt's tokens from the second on.
     """
 
     prompt_id: str
@@ -76,6 +81,14 @@ class Rollout:
     turns: tuple[Turn, ...]
     stop_reason: StopReason
     text: str
+    prompt_expert_ids_TLK: ExpertIdArray | None = None
+
+    @property
+    def expert_ids_TLK(self) -> ExpertIdArray | None:
+        """The experts of all tokens of prompt and completion but the last, which predicted none; None if unrecorded."""
+        parts = [self.prompt_expert_ids_TLK, *(turn.expert_ids_TLK for turn in self.turns)]
+        recorded = [part for part in parts if part is not None]
+        return np.concatenate(recorded) if len(recorded) == len(parts) else None
 
     @property
     def completion_token_ids_T(self) -> Int32Array:

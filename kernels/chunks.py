@@ -1,13 +1,16 @@
 """The chunk grid: packed tokens seen as chunks of 64 that count from the start of each sequence.
 
 Lightning and softmax attention walk the same grid in training, prefill and decode, so that all three add the same
-numbers in the same order. A sequence of T tokens has ceil(T / 64) chunks; the tail of its last chunk is padding, which
-exists only inside a kernel: a padded row reads zeros and its output is dropped.
+numbers in the same order. What is packed is a sequence or a piece of one that goes on from a cache: a piece that starts
+in the middle of a chunk lies at its place in it, after rows that only the cache has. Rows of the grid without a token
+exist only inside a kernel: they read zeros and their output is dropped.
 
-N packed tokens, B sequences, M chunks, C = 64 rows of a chunk, H heads, D head dim.
+N packed tokens, B pieces, M chunks, C = 64 rows of a chunk, H heads, D head dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,72 +18,102 @@ from torch import Tensor
 CHUNK_LENGTH = 64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ChunkGrid:
-    """Where each packed token lies on the chunk grid. All tensors are int64 on the tokens' device.
+    """Where each packed token lies on the chunk grid. All tensors are int64.
 
-    row_of_token_N: row of each token in the flattened grid [M * C].
-    token_of_row_R: token at each row of the flattened grid, R = M * C; padded rows hold N, one past the last token.
-    chunk_index_M: index of each chunk within its own sequence, from 0.
-    last_chunk_B: the last chunk of each sequence, as an index into the M chunks.
-    lengths: tokens of each sequence.
-    steps: for each index j, the chunks whose sequence has a chunk j at or before them, and that chunk j; the loops of
-        the attention twins walk it in order.
+    lengths: tokens of each piece. starts: position of its first token in its sequence, 0 for a whole sequence.
     """
 
-    row_of_token_N: Tensor
-    token_of_row_R: Tensor
-    chunk_index_M: Tensor
-    last_chunk_B: Tensor
     lengths: tuple[int, ...]
-    steps: tuple[tuple[Tensor, Tensor], ...]
+    starts: tuple[int, ...]
+    device: torch.device
 
     @property
     def chunks(self) -> int:
         return self.chunk_index_M.numel()
 
+    @cached_property
+    def _chunks_B(self) -> Tensor:
+        """Chunks that each piece touches; on the host, like everything before it is moved."""
+        before_B = torch.tensor(self.starts) % CHUNK_LENGTH
+        return (before_B + torch.tensor(self.lengths) + CHUNK_LENGTH - 1) // CHUNK_LENGTH
+
+    @cached_property
+    def _first_chunk_B(self) -> Tensor:
+        return torch.cumsum(self._chunks_B, 0) - self._chunks_B
+
+    @cached_property
+    def _offset_M(self) -> Tensor:
+        """Place of each chunk among its piece's, from 0."""
+        return torch.arange(int(self._chunks_B.sum())) - self._first_chunk_B.repeat_interleave(self._chunks_B)
+
+    @cached_property
+    def piece_M(self) -> Tensor:
+        """The piece that each chunk belongs to."""
+        return torch.arange(len(self.lengths)).repeat_interleave(self._chunks_B).to(self.device)
+
+    @cached_property
+    def first_chunk_B(self) -> Tensor:
+        """The first chunk of each piece, as an index into the M chunks."""
+        return self._first_chunk_B.to(self.device)
+
+    @cached_property
+    def last_chunk_B(self) -> Tensor:
+        """The last chunk of each piece."""
+        return (self._first_chunk_B + self._chunks_B - 1).to(self.device)
+
+    @cached_property
+    def chunk_index_M(self) -> Tensor:
+        """Index of each chunk within its sequence, from 0."""
+        start_chunk_B = torch.tensor(self.starts) // CHUNK_LENGTH
+        return (self._offset_M + start_chunk_B.repeat_interleave(self._chunks_B)).to(self.device)
+
+    @cached_property
+    def row_of_token_N(self) -> Tensor:
+        """Row of each token in the flattened grid [M * C]."""
+        lengths_B, starts_B = torch.tensor(self.lengths), torch.tensor(self.starts)
+        first_token_B = torch.cumsum(lengths_B, 0) - lengths_B
+        first_row_B = self._first_chunk_B * CHUNK_LENGTH + starts_B % CHUNK_LENGTH
+        tokens_N = torch.arange(sum(self.lengths))
+        return (tokens_N + (first_row_B - first_token_B).repeat_interleave(lengths_B)).to(self.device)
+
+    @cached_property
+    def steps(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """For each place j: the chunks whose piece has a chunk j at or before them, and that chunk j."""
+        first_of_chunk_M = self._first_chunk_B.repeat_interleave(self._chunks_B)
+        steps = []
+        for j in range(int(self._chunks_B.max())):
+            at_or_after = torch.nonzero(self._offset_M >= j).squeeze(1)
+            steps.append((at_or_after.to(self.device), (first_of_chunk_M[at_or_after] + j).to(self.device)))
+        return tuple(steps)
+
+    @cached_property
+    def at_place(self) -> tuple[Tensor, ...]:
+        """For each place j: the chunks that are the j-th of their piece."""
+        places = range(int(self._chunks_B.max()))
+        return tuple(torch.nonzero(self._offset_M == j).squeeze(1).to(self.device) for j in places)
+
     def scatter(self, x_NHD: Tensor) -> Tensor:
-        """Lay packed rows [N, H, D] on the grid as [M, H, C, D]; padded rows are zero."""
+        """Lay packed rows [N, H, D] on the grid as [M, H, C, D]; rows without a token are zero."""
         heads, dim = x_NHD.shape[1:]
-        rows_RHD = x_NHD.new_zeros(self.token_of_row_R.numel(), heads, dim)
+        rows_RHD = x_NHD.new_zeros(self.chunks * CHUNK_LENGTH, heads, dim)
         rows_RHD.index_copy_(0, self.row_of_token_N, x_NHD)
         return rows_RHD.view(self.chunks, CHUNK_LENGTH, heads, dim).transpose(1, 2).contiguous()
 
     def gather(self, x_MHCD: Tensor) -> Tensor:
-        """Take the rows of real tokens back from the grid: [M, H, C, D] to packed [N, H, D]."""
+        """Take the rows of tokens back from the grid: [M, H, C, D] to packed [N, H, D]."""
         heads, dim = x_MHCD.shape[1], x_MHCD.shape[3]
         rows_RHD = x_MHCD.transpose(1, 2).reshape(-1, heads, dim)
         return rows_RHD.index_select(0, self.row_of_token_N)
 
 
-def chunk_grid(lengths: list[int], device: torch.device) -> ChunkGrid:
-    """Build the grid of sequences of these lengths (tokens, each at least 1), packed one after the other.
+def chunk_grid(lengths: Sequence[int], device: torch.device, starts: Sequence[int] | None = None) -> ChunkGrid:
+    """The grid of pieces of these lengths (tokens, each at least 1), packed one after the other.
 
-    Raises ValueError for a sequence without tokens: it has no chunk to lie in.
+    starts: the position that each piece starts at; None where all are whole sequences. Raises ValueError for a piece
+    without tokens: it has no chunk to lie in.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"every packed sequence needs at least one token, got lengths {lengths[:8]}; drop empty ones")
-    lengths_B = torch.tensor(lengths)
-    chunks_B = (lengths_B + CHUNK_LENGTH - 1) // CHUNK_LENGTH
-    first_chunk_B = torch.cumsum(chunks_B, 0) - chunks_B
-    first_token_B = torch.cumsum(lengths_B, 0) - lengths_B
-    tokens = int(lengths_B.sum())
-    chunks = int(chunks_B.sum())
-    offset_N = torch.arange(tokens) - torch.repeat_interleave(first_token_B, lengths_B)
-    row_of_token_N = torch.repeat_interleave(first_chunk_B * CHUNK_LENGTH, lengths_B) + offset_N
-    token_of_row_R = torch.full((chunks * CHUNK_LENGTH,), tokens)
-    token_of_row_R[row_of_token_N] = torch.arange(tokens)
-    first_of_chunk_M = torch.repeat_interleave(first_chunk_B, chunks_B)
-    chunk_index_M = torch.arange(chunks) - first_of_chunk_M
-    steps = []
-    for j in range(int(chunks_B.max())):
-        at_or_after = torch.nonzero(chunk_index_M >= j).squeeze(1)
-        steps.append((at_or_after.to(device), (first_of_chunk_M[at_or_after] + j).to(device)))
-    return ChunkGrid(
-        row_of_token_N=row_of_token_N.to(device),
-        token_of_row_R=token_of_row_R.to(device),
-        chunk_index_M=chunk_index_M.to(device),
-        last_chunk_B=(first_chunk_B + chunks_B - 1).to(device),
-        lengths=tuple(lengths),
-        steps=tuple(steps),
-    )
+    return ChunkGrid(tuple(lengths), (0,) * len(lengths) if starts is None else tuple(starts), device)

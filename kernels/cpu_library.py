@@ -14,8 +14,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +30,15 @@ SOURCES = Path(__file__).resolve().parent / "cpu"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fPIC")
 _CHOICE = "CISPO_CPU_KERNELS"
 _Type = type[ctypes.c_void_p] | type[ctypes.c_int64] | type[ctypes.c_float]
-_TYPES: dict[str, _Type] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_TYPES: dict[str, _Type] = {
+    "p": ctypes.c_void_p,
+    "i": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "n": ctypes.c_int64,
+    "t": ctypes.c_int64,
+}
+
+Argument = Tensor | int | float | None
 
 
 class CpuKernelError(CispoError, RuntimeError):
@@ -140,31 +152,71 @@ def prepare() -> None:
         _library()
 
 
-class CpuFunction:
-    """A function of the library. signature: a letter an argument, p a tensor (or None), i an integer, f a float.
+class Recorder(Protocol):
+    """What takes down calls of kernels instead of executing them (cispo.kernels.cpu_plan)."""
 
-    Tensors are passed by address: the caller answers for their dtype, shape and strides, and keeps them alive.
+    def add(self, function: "CpuFunction", arguments: tuple[Argument, ...]) -> None: ...
+
+    def add_weight(self, weight: Tensor, matrices: int) -> None:
+        """Note that packed panels of a weight are among the arguments."""
+
+
+class _Recording(threading.local):
+    recorder: Recorder | None = None
+
+
+recording = _Recording()
+"""Where this thread's calls go, if not to the kernels."""
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Execute what is in here now, even while a recording goes on: constants that are made once."""
+    recorder, recording.recorder = recording.recorder, None
+    try:
+        yield
+    finally:
+        recording.recorder = recorder
+
+
+class CpuFunction:
+    """A function of the library.
+
+    signature: a letter an argument, p a tensor (or None), i an integer, f a float, n the number of rows (or sequences)
+    that it works on, t the number of threads. Tensors are passed by address: the caller answers for their dtype, shape
+    and strides, and keeps them alive.
     """
 
     def __init__(self, name: str, signature: str) -> None:
-        self._name = name
+        self._name, self.signature = name, signature
         self._types: tuple[_Type, ...] = tuple(_TYPES[letter] for letter in signature)
         self._function: ctypes._NamedFuncPointer | None = None
 
-    def __call__(self, *arguments: Tensor | int | float | None) -> None:
-        function = self._function or self._resolve()
+    def __call__(self, *arguments: Argument) -> None:
         if len(arguments) != len(self._types):
             raise TypeError(f"{self._name} takes {len(self._types)} arguments, got {len(arguments)}")
+        if recording.recorder is not None:
+            recording.recorder.add(self, arguments)
+            return
+        function = self._function or self._resolve()
         function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
+    def replay_address(self) -> int:
+        """Address of the function that calls this one on recorded words. CpuKernelError where it has none."""
+        return ctypes.cast(_symbol(f"{self._name}_replay"), ctypes.c_void_p).value or 0
+
     def _resolve(self) -> "ctypes._NamedFuncPointer":
-        try:
-            function = _library()[f"cispo_{self._name}"]
-        except AttributeError as error:
-            raise CpuKernelError(f"the CPU kernels have no function {self._name}") from error
+        function = _symbol(self._name)
         function.argtypes, function.restype = self._types, None
         self._function = function
         return function
+
+
+def _symbol(name: str) -> "ctypes._NamedFuncPointer":
+    try:
+        return _library()[f"cispo_{name}"]
+    except AttributeError as error:
+        raise CpuKernelError(f"the CPU kernels have no function {name}") from error
 
 
 if __name__ == "__main__":

@@ -17,28 +17,12 @@ from torch import Tensor
 
 from cispo.kernels import experts_cpu
 from cispo.kernels.pointwise import silu
-from cispo.kernels.product import product
+from cispo.kernels.routing import Observer, Routing, route, router_entropy, router_logits
 
 ROW_MULTIPLE = 4
 
 _DENSE_MAX_ROWS = 64
 """Up to here running every expert on every row is faster than sorting rows by expert."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Routing:
-    """Which experts a token goes to: expert_ids_NK (int64) and weight_NK (float32; renormalised, a row sums to 1)."""
-
-    expert_ids_NK: Tensor
-    weight_NK: Tensor
-
-
-def route(logits_NE: Tensor, experts_per_token: int, *, is_renormalised: bool = True) -> Routing:
-    """Softmax over experts in float32, the k largest, renormalised or not; equal logits go to the lower index."""
-    probability_NE = torch.softmax(logits_NE.float(), dim=-1)
-    expert_ids_NK = torch.sort(logits_NE.detach(), dim=-1, descending=True, stable=True).indices[:, :experts_per_token]
-    chosen_NK = probability_NE.gather(1, expert_ids_NK)
-    return Routing(expert_ids_NK, chosen_NK / chosen_NK.sum(-1, keepdim=True) if is_renormalised else chosen_NK)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,18 +149,31 @@ def expert_layer(
     experts_per_token: int,
     *,
     is_renormalised: bool = True,
+    threshold_N: Tensor | None = None,
+    given_ids_NK: Tensor | None = None,
+    observe: Observer | None = None,
 ) -> Tensor:
     """Route each token by x router^T in float32 (`route`), and run its experts (`swiglu_experts`); [N, D] in x's dtype.
 
-    router_ED: None where there is one expert, which takes every token with weight 1. Differentiable in all tensors. The
-    number of rows never changes a row's bits on CPU.
+    router_ED: None where there is one expert, which takes every token with weight 1. threshold_N (float32, [0, 1)) and
+    given_ids_NK (integers below E): as in `route`; ValueError for ids that are no experts. observe: called once with
+    what was decided. Differentiable in all weights and x. The number of rows never changes a row's bits on CPU.
     """
     if router_ED is None:
-        router_ED = x_ND.new_zeros(gate_up_EFD.shape[0], x_ND.shape[1], dtype=torch.float32)
+        router_ED = experts_cpu.lone_router(x_ND.shape[1], x_ND.device)
     if is_renormalised and experts_cpu.serves(x_ND, router_ED, gate_up_EFD, down_EDF):
-        return experts_cpu.expert_layer(x_ND, router_ED, gate_up_EFD, down_EDF, experts_per_token)
-    logits_NE = product(x_ND.float(), router_ED.float())
-    routing = route(logits_NE, experts_per_token, is_renormalised=is_renormalised)
+        operands = x_ND, router_ED, gate_up_EFD, down_EDF
+        return experts_cpu.expert_layer(*operands, experts_per_token, threshold_N, given_ids_NK, observe)
+    logits_NE = router_logits(x_ND, router_ED)
+    routing = route(
+        logits_NE,
+        experts_per_token,
+        is_renormalised=is_renormalised,
+        threshold_N=threshold_N,
+        given_ids_NK=given_ids_NK,
+    )
+    if observe is not None:
+        observe(routing.kept_ids_NK, router_entropy(logits_NE))
     if x_ND.is_cuda and x_ND.shape[0] <= _DENSE_MAX_ROWS and not torch.is_grad_enabled():
         return swiglu_experts_dense(x_ND, routing, gate_up_EFD, down_EDF)
     return swiglu_experts(x_ND, routing, gate_up_EFD, down_EDF)

@@ -22,7 +22,7 @@ _PANEL = 32
 _head_logprobs = CpuFunction("head_logprobs", "pippfppppiiii")
 _head_gradient = CpuFunction("head_gradient", "ppppfpipppiiii")
 _pack_head = CpuFunction("pack_head", "ppii")
-_sample = CpuFunction("sample", "pippppiii")
+_sample = CpuFunction("sample", "pippppnit")
 
 
 def serves(hidden_ND: Tensor, weight_VD: Tensor) -> bool:

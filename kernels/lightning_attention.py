@@ -77,11 +77,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(m, h, a.shape[2], b.shape[3])
 
 
-def _chunk_states(kv_MHDD: Tensor, grid: ChunkGrid, decay: Decays) -> Tensor:
-    """State before each chunk, float32 [M, H, D, D]: zero for a sequence's first, else decayed sums, in order."""
+def _chunk_states(kv_MHDD: Tensor, grid: ChunkGrid, decay: Decays, initial_BHDD: Tensor | None = None) -> Tensor:
+    """State before each chunk, float32 [M, H, D, D]: that of its piece's first (zero if None), else decayed sums."""
     states_MHDD = torch.zeros_like(kv_MHDD)
-    for j in range(1, len(grid.steps)):
-        chunks = torch.nonzero(grid.chunk_index_M == j).squeeze(1)
+    if initial_BHDD is not None:
+        states_MHDD.index_copy_(0, grid.first_chunk_B, initial_BHDD)
+    for chunks in grid.at_place[1:]:
         previous = states_MHDD.index_select(0, chunks - 1)
         states_MHDD.index_copy_(0, chunks, decay.chunk_H11 * previous + kv_MHDD.index_select(0, chunks - 1))
     return states_MHDD
@@ -90,8 +91,7 @@ def _chunk_states(kv_MHDD: Tensor, grid: ChunkGrid, decay: Decays) -> Tensor:
 def _chunk_state_gradients(dstates_MHDD: Tensor, grid: ChunkGrid, decay: Decays) -> Tensor:
     """Gradient of the state after each chunk, float32 [M, H, D, D]: the reverse of `_chunk_states`."""
     after_MHDD = torch.zeros_like(dstates_MHDD)
-    for j in range(len(grid.steps) - 1, 0, -1):
-        chunks = torch.nonzero(grid.chunk_index_M == j).squeeze(1)
+    for chunks in reversed(grid.at_place[1:]):
         gradient = decay.chunk_H11 * after_MHDD.index_select(0, chunks) + dstates_MHDD.index_select(0, chunks)
         after_MHDD.index_copy_(0, chunks - 1, gradient)
     return after_MHDD
@@ -102,14 +102,19 @@ def _chunk_kv(k_MHCD: Tensor, v_MHCD: Tensor, decay: Decays) -> Tensor:
     return _product((k_MHCD * decay.key_HC1).transpose(2, 3), v_MHCD)
 
 
+def _chunk_outputs(q: Tensor, k: Tensor, v: Tensor, states: Tensor, decay: Decays) -> tuple[Tensor, Tensor]:
+    """Decayed scores [M, H, C, C] and outputs [M, H, C, D] of grids and the states before their chunks."""
+    scores = _product(q, k.transpose(2, 3).contiguous()).mul_(decay.within_HCC)
+    return scores, _product(scores, v).add_(_product(q, states).mul_(decay.query_HC1))
+
+
 class _LightningAttention(torch.autograd.Function):
     """Forward and backward on grids [M, H, C, D]; the backward is section 2.4's transpose, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, grid: ChunkGrid, decay: Decays) -> Tensor:
         states = _chunk_states(_chunk_kv(k, v, decay), grid, decay)
-        scores = _product(q, k.transpose(2, 3).contiguous()).mul_(decay.within_HCC)
-        out = _product(scores, v).add_(_product(q, states).mul_(decay.query_HC1))
+        scores, out = _chunk_outputs(q, k, v, states, decay)
         ctx.save_for_backward(q, k, v, scores, states)
         ctx.grid, ctx.decay = grid, decay
         return out
@@ -177,28 +182,39 @@ def lightning_prefill(
     k_recent_SHDC: Tensor,
     v_recent_SHCD: Tensor,
 ) -> Tensor:
-    """`lightning_attention` that also leaves what decode needs to go on, in the slots slot_B (int64) of three caches.
+    """`lightning_attention` of pieces that go on from three caches, and leave there what the next piece goes on from.
 
-    That is, float32: the state at each sequence's last chunk boundary, and the keys (transposed) and values of the rows
-    since. A sequence whose length is a multiple of 64 has its full last chunk in the state already and no recent rows.
+    A piece whose start is past 0 reads what its slot of slot_B (int64) was left with; every piece leaves, at its end,
+    the state at the last chunk boundary (float32), and the keys (transposed) and values of the rows since, in the dtype
+    of the projections. At a multiple of 64 the full last chunk is in the state already and there are no recent rows.
     What the caches hold of rows not yet written means nothing. Not differentiable.
     """
     caches = (state_SHDD, k_recent_SHDC, v_recent_SHCD)
     if _is_served(qkv_NI, slopes):
-        return lightning_cpu.prefill(qkv_NI, slopes.table_HT, grid.lengths, slot_B, *caches)
-    _, k_NHD, v_NHD = _heads(qkv_NI, slopes.table_HT.shape[0])
-    for cache, left in zip(caches, _final_state(k_NHD, v_NHD, slopes, grid), strict=True):
-        cache.index_copy_(0, slot_B, left)
-    return lightning_attention(qkv_NI, slopes, grid)
-
-
-def _final_state(k_NHD: Tensor, v_NHD: Tensor, slopes: Decays, grid: ChunkGrid) -> tuple[Tensor, Tensor, Tensor]:
-    """state_BHDD, k_recent_BHDC and v_recent_BHCD of `lightning_prefill`; rows not yet written are zero."""
-    k, v = grid.scatter(k_NHD), grid.scatter(v_NHD)
+        return lightning_cpu.prefill(qkv_NI, slopes.table_HT, grid.lengths, grid.starts, slot_B, *caches)
+    q, k, v = (grid.scatter(x) for x in _heads(qkv_NI, slopes.table_HT.shape[0]))
+    state, k_recent, v_recent = (cache.index_select(0, slot_B).float() for cache in caches)
+    starts_B = torch.tensor(grid.starts, device=k.device).view(-1, 1, 1, 1)
+    row_C = torch.arange(CHUNK_LENGTH, device=k.device).view(-1, 1)
+    is_cached = row_C < starts_B % CHUNK_LENGTH
+    first = grid.first_chunk_B
+    k.index_copy_(0, first, torch.where(is_cached, k_recent.transpose(2, 3), k.index_select(0, first)))
+    v.index_copy_(0, first, torch.where(is_cached, v_recent, v.index_select(0, first)))
     kv = _chunk_kv(k, v, slopes)
-    states = _chunk_states(kv, grid, slopes).index_select(0, grid.last_chunk_B)
-    kv, k, v = (x.index_select(0, grid.last_chunk_B) for x in (kv, k, v))
-    is_full = torch.tensor([length % CHUNK_LENGTH == 0 for length in grid.lengths], device=k.device).view(-1, 1, 1, 1)
+    states = _chunk_states(kv, grid, slopes, torch.where(starts_B >= CHUNK_LENGTH, state, torch.zeros_like(state)))
+    for cache, left in zip(caches, _final_state(k, v, kv, states, slopes, grid), strict=True):
+        cache.index_copy_(0, slot_B, left.to(cache.dtype))
+    _, out = _chunk_outputs(q, k, v, states, slopes)
+    return grid.gather(out).flatten(1)
+
+
+def _final_state(
+    k: Tensor, v: Tensor, kv: Tensor, states: Tensor, slopes: Decays, grid: ChunkGrid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """state_BHDD, k_recent_BHDC and v_recent_BHCD of `lightning_prefill`; rows not yet written are zero."""
+    states, kv, k, v = (x.index_select(0, grid.last_chunk_B) for x in (states, kv, k, v))
+    ends = (start + length for start, length in zip(grid.starts, grid.lengths, strict=True))
+    is_full = torch.tensor([end % CHUNK_LENGTH == 0 for end in ends], device=k.device).view(-1, 1, 1, 1)
     states = torch.where(is_full, slopes.chunk_H11 * states + kv, states)
     return states, k.masked_fill(is_full, 0.0).transpose(2, 3), v.masked_fill(is_full, 0.0)
 
@@ -223,15 +239,16 @@ def lightning_decode(
         return lightning_cpu.decode(qkv_BI, slopes.table_HT, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD)
     state, k_recent, v_recent = (cache[: len(qkv_BI)] for cache in (state_SHDD, k_recent_SHDC, v_recent_SHCD))
     q_BHD, k_BHD, v_BHD = _heads(qkv_BI, slopes.table_HT.shape[0])
-    k_recent[every_B, :, :, row_B] = k_BHD
-    v_recent[every_B, :, row_B] = v_BHD
+    k_recent[every_B, :, :, row_B] = k_BHD.to(k_recent.dtype)
+    v_recent[every_B, :, row_B] = v_BHD.to(v_recent.dtype)
+    k_rows, v_rows = k_recent.float(), v_recent.float()
     query = F.pad(q_BHD.unsqueeze(2), (0, 0, 0, QUERY_ROWS - 1))
     within = slopes.within_CHC.index_select(0, row_B).unsqueeze(2)
-    scores = _product(query, k_recent).mul_(within)
+    scores = _product(query, k_rows).mul_(within)
     decayed = _product(query, state).mul_(slopes.query_CH11.index_select(0, row_B))
-    out_BHD = _product(scores, v_recent).add_(decayed)[:, :, 0]
+    out_BHD = _product(scores, v_rows).add_(decayed)[:, :, 0]
     if full_rows is not None:
-        k, v = k_recent.index_select(0, full_rows).transpose(2, 3), v_recent.index_select(0, full_rows)
+        k, v = k_rows.index_select(0, full_rows).transpose(2, 3), v_rows.index_select(0, full_rows)
         state.index_copy_(0, full_rows, slopes.chunk_H11 * state.index_select(0, full_rows) + _chunk_kv(k, v, slopes))
         k_recent.index_fill_(0, full_rows, 0.0)
         v_recent.index_fill_(0, full_rows, 0.0)

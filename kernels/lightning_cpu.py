@@ -29,9 +29,9 @@ from cispo.kernels.cpu_library import CpuFunction
 _LANES = 16
 _MAXIMUM_DIM = 128
 
-_forward = CpuFunction("lightning_forward", "pippppppppiiii")
+_forward = CpuFunction("lightning_forward", "pipppppppppiiii")
 _backward = CpuFunction("lightning_backward", "pipppppiiiii")
-_decode = CpuFunction("lightning_decode", "pippppppiiii")
+_decode = CpuFunction("lightning_decode", "pippppppniit")
 
 
 def takes(head_dim: int) -> bool:
@@ -49,13 +49,14 @@ def _attention(
     lengths_B: Tensor,
     states_MHDD: Tensor | None = None,
     slot_B: Tensor | None = None,
+    start_B: Tensor | None = None,
     caches: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> Tensor:
     rows, heads = qkv_NI.shape[0], table_HT.shape[0]
     inner = qkv_NI.shape[1] // 3
     out_NJ = torch.empty(rows, inner)
     sizes = lengths_B.numel(), heads, inner // heads, torch.get_num_threads()
-    _forward(qkv_NI, qkv_NI.stride(0), lengths_B, table_HT, out_NJ, states_MHDD, slot_B, *caches, *sizes)
+    _forward(qkv_NI, qkv_NI.stride(0), lengths_B, table_HT, out_NJ, states_MHDD, slot_B, start_B, *caches, *sizes)
     return out_NJ
 
 
@@ -146,14 +147,16 @@ def prefill(
     qkv_NI: Tensor,
     table_HT: Tensor,
     lengths: tuple[int, ...],
+    starts: tuple[int, ...],
     slot_B: Tensor,
     state_SHDD: Tensor,
     k_recent_SHDC: Tensor,
     v_recent_SHCD: Tensor,
 ) -> Tensor:
-    """`attention`, and in the slots slot_B (int64) of contiguous caches what `decode` goes on from."""
+    """`attention` of pieces from position `starts` on, and in the slots slot_B (int64) of contiguous caches what
+    `decode` goes on from; a start past 0 goes on from what is there."""
     caches = (state_SHDD, k_recent_SHDC, v_recent_SHCD)
-    return _attention(_rows(qkv_NI), table_HT, torch.tensor(lengths), None, slot_B, caches)
+    return _attention(_rows(qkv_NI), table_HT, torch.tensor(lengths), None, slot_B, torch.tensor(starts), caches)
 
 
 def decode(

@@ -7,6 +7,7 @@ The statistics are float32 whatever the dtype. A row's bits do not depend on the
 N rows, D width.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +29,14 @@ def residual_norm(
     if cpu_library.serves(x_ND, mixed_ND, weight_D):
         return norm_cpu.residual_norm(x_ND, mixed_ND, alpha, beta, weight_D, epsilon)
     return F.rms_norm(alpha * x_ND + beta * mixed_ND, weight_D.shape, weight_D, epsilon)
+
+
+def sum_and_norm(x_ND: Tensor, mixed_ND: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x + mixed and its rms_norm, of operands of one dtype; [N, D] each. Differentiable in x, mixed and weight."""
+    if not torch.is_grad_enabled() and cpu_library.serves(x_ND, mixed_ND, weight_D):
+        return norm_cpu.sum_and_norm(x_ND, mixed_ND, weight_D, epsilon)
+    total_ND = x_ND + mixed_ND
+    return total_ND, rms_norm(total_ND, weight_D, epsilon)
 
 
 def gated_norm(x_ND: Tensor, gate_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:

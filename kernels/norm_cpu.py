@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cispo.kernels.cpu_library import CpuFunction
 
-_residual_norm = CpuFunction("residual_norm", "ppffpfpiii")
+_residual_norm = CpuFunction("residual_norm", "ppffpfppnit")
 _residual_norm_gradient = CpuFunction("residual_norm_gradient", "pppffpfpppiii")
-_gated_norm = CpuFunction("gated_norm", "ppipfpiii")
+_gated_norm = CpuFunction("gated_norm", "ppipfpnit")
 _gated_norm_gradient = CpuFunction("gated_norm_gradient", "pppipfppipiii")
 
 
@@ -28,9 +28,18 @@ def _normed(
     x_ND: Tensor, mixed_ND: Tensor | None, alpha: float, beta: float, weight_D: Tensor, epsilon: float
 ) -> Tensor:
     rows, width = x_ND.shape
-    out_ND = torch.empty_like(x_ND)
-    _residual_norm(x_ND, mixed_ND, alpha, beta, weight_D, epsilon, out_ND, rows, width, torch.get_num_threads())
+    out_ND, threads = torch.empty_like(x_ND), torch.get_num_threads()
+    _residual_norm(x_ND, mixed_ND, alpha, beta, weight_D, epsilon, None, out_ND, rows, width, threads)
     return out_ND
+
+
+def sum_and_norm(x_ND: Tensor, mixed_ND: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x + mixed and its RMSNorm, float32 [N, D] each. Not differentiable."""
+    x_ND, mixed_ND, weight_D = _contiguous(x_ND), _contiguous(mixed_ND), _contiguous(weight_D)
+    total_ND, out_ND = torch.empty_like(x_ND), torch.empty_like(x_ND)
+    inputs, sizes = (x_ND, mixed_ND, 1.0, 1.0, weight_D, epsilon), x_ND.shape
+    _residual_norm(*inputs, total_ND, out_ND, *sizes, torch.get_num_threads())
+    return total_ND, out_ND
 
 
 class _ResidualNorm(torch.autograd.Function):

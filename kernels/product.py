@@ -21,8 +21,8 @@ ROW_MULTIPLE = 4
 _PANEL = 32
 _LANES = 16
 
-_pack_weight = CpuFunction("pack_weight", "ppiiii")
-_product = CpuFunction("product", "pippiiii")
+_pack_weight = CpuFunction("pack_weight", "ppiiit")
+_product = CpuFunction("product", "pippniit")
 _input_gradient = CpuFunction("product_input_gradient", "pppiiii")
 _weight_gradient = CpuFunction("product_weight_gradient", "ppipiiii")
 
@@ -39,20 +39,26 @@ def packed_weight(weight: Tensor, matrices: int = 1) -> Tensor:
     if weight.is_inference():
         return _pack(weight, matrices)
     key = (id(weight), matrices)
-    kept = _packed_weights.get(key)
-    if kept is not None and kept[0]() is weight and kept[1] == weight._version:
-        return kept[2]
-    packed = _pack(weight, matrices)
+    if cpu_library.recording.recorder is not None:
+        cpu_library.recording.recorder.add_weight(weight, matrices)
+    kept, room = _packed_weights.get(key), None
+    if kept is not None and kept[0]() is weight:
+        if kept[1] == weight._version:
+            return kept[2]
+        # Into the same memory, which a recorded plan (cispo.kernels.cpu_plan) goes on reading.
+        room = kept[2]
+    with cpu_library.unrecorded():
+        packed = _pack(weight, matrices, room)
     # Every object of its own identity: the entry goes with the weight, before another can have its id.
     reference = weakref.ref(weight, lambda _: _packed_weights.pop(key, None))
     _packed_weights[key] = (reference, weight._version, packed)
     return packed
 
 
-def _pack(weight: Tensor, matrices: int) -> Tensor:
+def _pack(weight: Tensor, matrices: int, room: Tensor | None = None) -> Tensor:
     k = weight.shape[-1]
     m = weight.numel() // (matrices * k)
-    packed = torch.empty(matrices * -(-m // _PANEL) * _PANEL * k)
+    packed = torch.empty(matrices * -(-m // _PANEL) * _PANEL * k) if room is None else room
     _pack_weight(weight, packed, matrices, m, k, torch.get_num_threads())
     return packed
 

@@ -113,39 +113,80 @@ def _future_mask(grid: ChunkGrid, queries: Tensor, j: int, key_heads: int, rows:
     return is_diagonal[:, None, None] & future_RC
 
 
-def _twin_attention(
-    qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid, pages: Pages | None
-) -> Tensor:
+def _on_grid(
+    qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [M, K, G*C, D], keys [M, K, D, C] and values [M, K, C, D], rotated and scaled."""
     q, k, v = _rotated_heads(qkv_NX, rotary_N2R, heads, key_heads)
-    dim = q.shape[2]
-    q = grid.scatter(q).view(-1, key_heads, heads // key_heads * CHUNK_LENGTH, dim)
-    k, v = grid.scatter(k).transpose(2, 3).contiguous(), grid.scatter(v)
-    if pages is not None:
-        in_use = torch.arange(pages.table_BJ.shape[1], device=q.device)
-        chunks_B = torch.tensor([-(-length // CHUNK_LENGTH) for length in grid.lengths], device=q.device)
-        written = pages.table_BJ[in_use < chunks_B.unsqueeze(1)]
-        pages.k_PKDC.index_copy_(0, written, k.detach())
-        pages.v_PKCD.index_copy_(0, written, v.detach())
+    q = grid.scatter(q).view(-1, key_heads, heads // key_heads * CHUNK_LENGTH, q.shape[2])
+    return q, grid.scatter(k).transpose(2, 3).contiguous(), grid.scatter(v)
+
+
+def _twin_attention(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid) -> Tensor:
+    q, k, v = _on_grid(qkv_NX, rotary_N2R, heads, key_heads, grid)
     apply: Callable[..., Tensor] = _SoftmaxAttention.apply
-    return grid.gather(apply(q, k, v, grid).view(-1, heads, CHUNK_LENGTH, dim)).flatten(1)
+    return grid.gather(apply(q, k, v, grid).view(-1, heads, CHUNK_LENGTH, v.shape[3])).flatten(1)
+
+
+def _twin_prefill(
+    qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid, pages: Pages
+) -> Tensor:
+    q, k, v = _on_grid(qkv_NX, rotary_N2R, heads, key_heads, grid)
+    _write_pages(k, v, grid, pages)
+    rows = q.shape[2]
+    state = [x.view(*q.shape[:3], -1) for x in _empty(q.flatten(0, 1))]
+    for j in range(int(grid.chunk_index_M.max()) + 1):
+        queries = torch.nonzero(grid.chunk_index_M >= j).squeeze(1)
+        page = pages.table_BJ[grid.piece_M.index_select(0, queries), j]
+        tiles = [x.index_select(0, queries).flatten(0, 1) for x in state]
+        keys, values = (x.index_select(0, page).flatten(0, 1).float() for x in pages[:2])
+        hidden = _future_mask(grid, queries, j, key_heads, rows)
+        updated = _absorb_tile(
+            (tiles[0], tiles[1], tiles[2]), q.index_select(0, queries).flatten(0, 1), keys, values, hidden
+        )
+        for x, new in zip(state, updated, strict=True):
+            x.index_copy_(0, queries, new.view(-1, key_heads, rows, x.shape[3]))
+    _, total, out = state
+    return grid.gather((out / total).view(-1, heads, CHUNK_LENGTH, v.shape[3])).flatten(1)
+
+
+def _write_pages(k: Tensor, v: Tensor, grid: ChunkGrid, pages: Pages) -> None:
+    """Leave keys [M, K, D, C] and values [M, K, C, D] in their pages, but for the rows that were there before."""
+    page_M = pages.table_BJ[grid.piece_M, grid.chunk_index_M]
+    first = torch.tensor(grid.starts, device=k.device) % CHUNK_LENGTH
+    row_M1C = torch.arange(CHUNK_LENGTH, device=k.device).expand(grid.chunks, 1, CHUNK_LENGTH)
+    is_before = torch.zeros_like(row_M1C, dtype=torch.bool)
+    is_before[grid.first_chunk_B] = row_M1C[: len(first)] < first.view(-1, 1, 1)
+    for cache, new, there in ((pages.k_PKDC, k, is_before.unsqueeze(2)), (pages.v_PKCD, v, is_before.unsqueeze(3))):
+        cache.index_copy_(0, page_M, torch.where(there, cache.index_select(0, page_M), new.to(cache.dtype)))
 
 
 def _head_dim(qkv_NX: Tensor, heads: int, key_heads: int) -> int:
     return qkv_NX.shape[1] // (heads + 2 * key_heads)
 
 
-def softmax_attention(
-    qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid, pages: Pages | None = None
-) -> Tensor:
+def softmax_attention(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid) -> Tensor:
     """Causal attention within each packed sequence, scaled by 1/sqrt(D); float32 [N, H * D], differentiable in qkv.
 
     qkv_NX: projections, queries of H heads, then keys and values of K; query head h reads key head h // (H / K).
-    rotary_N2R: cosines and sines of each token's position, float32 [N, 2, R / 2]; see `rotate`. pages: takes the
-    rotated keys and the values of every sequence, for `softmax_decode` to go on from.
+    rotary_N2R: cosines and sines of each token's position, float32 [N, 2, R / 2]; see `rotate`.
     """
     if softmax_cpu.serves(qkv_NX, rotary_N2R, _head_dim(qkv_NX, heads, key_heads)):
-        return softmax_cpu.attention(qkv_NX, rotary_N2R, heads, key_heads, grid.lengths, pages)
-    return _twin_attention(qkv_NX, rotary_N2R, heads, key_heads, grid, pages)
+        return softmax_cpu.attention(qkv_NX, rotary_N2R, heads, key_heads, grid.lengths)
+    return _twin_attention(qkv_NX, rotary_N2R, heads, key_heads, grid)
+
+
+def softmax_prefill(
+    qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid, pages: Pages
+) -> Tensor:
+    """`softmax_attention` of pieces against all earlier keys of their sequences, which are in `pages`.
+
+    The rotated keys and the values of every piece are left there too, for the next piece or `softmax_decode` to go on
+    from. pages.table_BJ has a row a piece. Not differentiable.
+    """
+    if softmax_cpu.serves(qkv_NX, rotary_N2R, _head_dim(qkv_NX, heads, key_heads)):
+        return softmax_cpu.prefill(qkv_NX, rotary_N2R, heads, key_heads, grid.lengths, grid.starts, pages)
+    return _twin_prefill(qkv_NX, rotary_N2R, heads, key_heads, grid, pages)
 
 
 def softmax_decode(
@@ -169,14 +210,14 @@ def _twin_decode(
     batch, dim = q.shape[0], q.shape[2]
     page_B = table_BJ.gather(1, position_B.unsqueeze(1) // CHUNK_LENGTH).squeeze(1)
     row_B = position_B % CHUNK_LENGTH
-    k_pages[page_B, :, :, row_B] = k
-    v_pages[page_B, :, row_B] = v
+    k_pages[page_B, :, :, row_B] = k.to(k_pages.dtype)
+    v_pages[page_B, :, row_B] = v.to(v_pages.dtype)
     group = heads // key_heads
     q = F.pad(q.view(batch * key_heads, group, dim), (0, 0, 0, -group % _QUERY_ROWS))
     key_C = torch.arange(CHUNK_LENGTH, device=q.device)
     running = _empty(q)
     for j in range(table_BJ.shape[1]):
-        k, v = (x.index_select(0, table_BJ[:, j]).flatten(0, 1) for x in (k_pages, v_pages))
+        k, v = (x.index_select(0, table_BJ[:, j]).flatten(0, 1).float() for x in (k_pages, v_pages))
         # A tile past the end of a sequence is hidden whole: weights of zero leave what is there as it is, whatever the
         # page held before (but a value times zero must be zero).
         hidden_BC = (key_C + j * CHUNK_LENGTH > position_B.unsqueeze(1)).repeat_interleave(key_heads, 0)

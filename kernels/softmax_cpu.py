@@ -19,16 +19,13 @@ from cispo.kernels.cpu_library import CpuFunction
 _LANES = 16
 _LARGEST_DIM = 128
 
-_forward = CpuFunction("softmax_forward", "pppiiiiipppppii")
+_forward = CpuFunction("softmax_forward", "pppiiiiipppppipi")
 _backward = CpuFunction("softmax_backward", "pppiiiiippppi")
-_decode = CpuFunction("softmax_decode", "ppiiiiipppippi")
+_decode = CpuFunction("softmax_decode", "ppniiiipppippt")
 
 
 class Pages(NamedTuple):
-    """Pages of keys and values (float32, contiguous), and which of them each sequence has (int64, in order).
-
-    Both are float32 because a cache is, whatever the dtype of the weights.
-    """
+    """Pages of keys and values (contiguous, one dtype), and which of them each sequence has (int64, in order)."""
 
     k_PKDC: Tensor
     v_PKCD: Tensor
@@ -40,7 +37,7 @@ def serves(qkv_NX: Tensor, rotary_N2R: Tensor, dim: int) -> bool:
     return dim % _LANES == 0 and dim <= _LARGEST_DIM and cpu_library.serves(qkv_NX, rotary_N2R)
 
 
-def _starts(lengths: tuple[int, ...]) -> Tensor:
+def _ends(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)])
 
 
@@ -49,17 +46,18 @@ def _attend(
     rotary_N2R: Tensor,
     heads: int,
     key_heads: int,
-    starts: Tensor,
+    ends: Tensor,
     pages: Pages | None,
     logsumexp_NH: Tensor | None,
+    start_B: Tensor | None = None,
 ) -> Tensor:
     tokens, columns = qkv_NX.shape
     dim = columns // (heads + 2 * key_heads)
     out = torch.empty(tokens, heads * dim)
     _forward(
-        qkv_NX, rotary_N2R, starts, len(starts) - 1, heads, key_heads, dim, rotary_N2R.shape[2],
+        qkv_NX, rotary_N2R, ends, len(ends) - 1, heads, key_heads, dim, rotary_N2R.shape[2],
         out, logsumexp_NH, *(pages or (None, None, None)), pages.table_BJ.stride(0) if pages else 0,
-        torch.get_num_threads(),
+        start_B, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -73,42 +71,48 @@ class _SoftmaxAttention(torch.autograd.Function):
         heads: int,
         key_heads: int,
         lengths: tuple[int, ...],
-        pages: Pages | None,
     ) -> Tensor:
-        starts, logsumexp = _starts(lengths), torch.empty(qkv_NX.shape[0], heads)
-        out = _attend(qkv_NX, rotary_N2R, heads, key_heads, starts, pages, logsumexp)
-        ctx.save_for_backward(qkv_NX, rotary_N2R, starts, out, logsumexp)
+        ends, logsumexp = _ends(lengths), torch.empty(qkv_NX.shape[0], heads)
+        out = _attend(qkv_NX, rotary_N2R, heads, key_heads, ends, None, logsumexp)
+        ctx.save_for_backward(qkv_NX, rotary_N2R, ends, out, logsumexp)
         ctx.heads, ctx.key_heads = heads, key_heads
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, rotary, starts, out, logsumexp = ctx.saved_tensors
+        qkv, rotary, ends, out, logsumexp = ctx.saved_tensors
         dqkv = torch.empty_like(qkv)
         dim = qkv.shape[1] // (ctx.heads + 2 * ctx.key_heads)
         _backward(
-            qkv, rotary, starts, len(starts) - 1, ctx.heads, ctx.key_heads, dim, rotary.shape[2],
+            qkv, rotary, ends, len(ends) - 1, ctx.heads, ctx.key_heads, dim, rotary.shape[2],
             out, logsumexp, gradients[0].contiguous(), dqkv, torch.get_num_threads(),
         )  # fmt: skip
-        return dqkv, None, None, None, None, None
+        return dqkv, None, None, None, None
 
 
 _differentiable: Callable[..., Tensor] = _SoftmaxAttention.apply
 
 
-def attention(
+def attention(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, lengths: tuple[int, ...]) -> Tensor:
+    """Causal attention of packed sequences, float32 [N, H * D]; differentiable in qkv_NX."""
+    qkv_NX, rotary_N2R = qkv_NX.contiguous(), rotary_N2R.contiguous()
+    if torch.is_grad_enabled() and qkv_NX.requires_grad:
+        return _differentiable(qkv_NX, rotary_N2R, heads, key_heads, lengths)
+    return _attend(qkv_NX, rotary_N2R, heads, key_heads, _ends(lengths), None, None)
+
+
+def prefill(
     qkv_NX: Tensor,
     rotary_N2R: Tensor,
     heads: int,
     key_heads: int,
     lengths: tuple[int, ...],
-    pages: Pages | None = None,
+    starts: tuple[int, ...],
+    pages: Pages,
 ) -> Tensor:
-    """Causal attention of packed sequences, float32 [N, H * D]; keys and values are left in `pages`, if given."""
+    """Pieces from position `starts` on against all keys before them in `pages`, where theirs are left too."""
     qkv_NX, rotary_N2R = qkv_NX.contiguous(), rotary_N2R.contiguous()
-    if torch.is_grad_enabled() and qkv_NX.requires_grad:
-        return _differentiable(qkv_NX, rotary_N2R, heads, key_heads, lengths, pages)
-    return _attend(qkv_NX, rotary_N2R, heads, key_heads, _starts(lengths), pages, None)
+    return _attend(qkv_NX, rotary_N2R, heads, key_heads, _ends(lengths), pages, None, torch.tensor(starts))
 
 
 def decode(

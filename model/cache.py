@@ -23,10 +23,14 @@ _SCRATCH_PAGE = 0
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """One float32 tensor that a mixer keeps: its shape for one sequence or, if paged, for one page of 64 tokens."""
+    """One tensor that a mixer keeps: its shape for one sequence or, if paged, for one page of 64 tokens.
+
+    dtype: float32 for what is summed up; keys and values keep the dtype that they are multiplied in.
+    """
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     is_paged: bool
 
 
@@ -36,10 +40,16 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefillTarget:
-    """Where a packed forward leaves the state of its sequences: slot_B, and their page table pages_BJ (int64)."""
+    """Where a packed forward goes on from and leaves the state of its pieces, one a sequence.
 
+    layers: the cache's tensors. slot_B: slots of the sequences; pages_BJ: their page tables, up to the pieces' ends
+    (both int64). starts: the position of each piece's first token.
+    """
+
+    layers: list[State]
     slot_B: Tensor
     pages_BJ: Tensor
+    starts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +82,9 @@ class DecodeCache:
         pages = 1 + self.capacity * self.pages_per_sequence
         self.layers: list[State] = [
             {
-                spec.name: torch.zeros((pages if spec.is_paged else self.capacity, *spec.shape), device=device)
+                spec.name: torch.zeros(
+                    (pages if spec.is_paged else self.capacity, *spec.shape), dtype=spec.dtype, device=device
+                )
                 for spec in layer
             }
             for layer in specs
@@ -84,6 +96,8 @@ class DecodeCache:
             (self.capacity, self.pages_per_sequence), _SCRATCH_PAGE, np.int64
         )
         self._page_table = torch.from_numpy(self._page_SJ)  # the same memory
+        self._position_S: npt.NDArray[np.int64] = np.zeros(self.capacity, np.int64)
+        self._row_S: npt.NDArray[np.int64] = np.zeros(self.capacity, np.int64)
         self._every_S = torch.arange(self.capacity, device=device)
         self._page_references: npt.NDArray[np.int64] = np.zeros(pages, np.int64)
         self._free_pages = list(range(pages - 1, _SCRATCH_PAGE, -1))
@@ -98,15 +112,25 @@ class DecodeCache:
         if self._page_references[page] == 0:
             self._free_pages.append(page)
 
-    def admit(self, slots: Sequence[int], lengths: Sequence[int]) -> PrefillTarget:
-        """Reserve pages for prompts of these lengths (tokens) in these empty slots; a packed forward fills them."""
-        for slot, length in zip(slots, lengths, strict=True):
-            used = -(-length // PAGE_LENGTH)
-            self._length_S[slot] = length
-            self._page_SJ[slot, :used] = [self._take_page() for _ in range(used)]
-        width = -(-max(lengths) // PAGE_LENGTH)
+    def extend(self, slots: Sequence[int], lengths: Sequence[int]) -> PrefillTarget:
+        """Take room for so many more tokens of the sequences in these slots; a packed forward of them fills it.
+
+        An empty slot begins a sequence. Raises ValueError for a sequence that would grow past max_tokens.
+        """
+        starts = tuple(int(self._length_S[slot]) for slot in slots)
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        if max(ends) > self.pages_per_sequence * PAGE_LENGTH:
+            raise ValueError(
+                f"a sequence would be {max(ends)} tokens long, and this cache holds "
+                f"{self.pages_per_sequence * PAGE_LENGTH}; make it with more max_tokens"
+            )
+        for slot, start, end in zip(slots, starts, ends, strict=True):
+            for page in range(-(-start // PAGE_LENGTH), -(-end // PAGE_LENGTH)):
+                self._page_SJ[slot, page] = self._take_page()
+            self._length_S[slot] = end
+        width = -(-max(ends) // PAGE_LENGTH)
         pages_BJ = self._tensor(self._page_SJ[list(slots), :width])
-        return PrefillTarget(self._tensor(np.asarray(slots, np.int64)), pages_BJ)
+        return PrefillTarget(self.layers, self._tensor(np.asarray(slots, np.int64)), pages_BJ, starts)
 
     def fork(self, source: int, targets: Sequence[int]) -> None:
         """Give each empty target slot the sequence of the source slot."""
@@ -149,16 +173,29 @@ class DecodeCache:
         self._page_SJ[slot] = _SCRATCH_PAGE
         self._length_S[slot] = 0
 
+    def advance(self, active: int) -> None:
+        """Take room for one more token in each of the first `active` slots, for `every_slot` to say where it goes."""
+        position_B, row_B = self._position_S[:active], self._row_S[:active]
+        position_B[:] = self._length_S[:active]
+        np.bitwise_and(position_B, PAGE_LENGTH - 1, out=row_B)
+        if not row_B.all():
+            for slot in np.nonzero(row_B == 0)[0]:
+                self._page_SJ[slot, self._length_S[slot] // PAGE_LENGTH] = self._take_page()
+        self._length_S[:active] += 1
+
+    def every_slot(self) -> DecodeStep:
+        """A step of all slots on the cache's own tensors, for a plan: `advance` writes them, on CPU only."""
+        position_S, row_S = torch.from_numpy(self._position_S), torch.from_numpy(self._row_S)
+        positions = self.pages_per_sequence * PAGE_LENGTH
+        return DecodeStep(self._every_S, position_S, row_S, None, self._page_table, self.capacity, positions)
+
     def begin_step(self, active: int) -> DecodeStep:
         """Take room for one more token in each of the first `active` slots, and say where it goes."""
-        for slot in np.nonzero(self._length_S[:active] % PAGE_LENGTH == 0)[0]:
-            self._page_SJ[slot, self._length_S[slot] // PAGE_LENGTH] = self._take_page()
+        self.advance(active)
         batch = -(-active // 4) * 4
-        position_B = self._length_S[:batch].copy()
-        position_B[active:] = 0
-        row_B = position_B % PAGE_LENGTH
+        position_B, row_B = self._position_S[:batch].copy(), self._row_S[:batch].copy()
+        position_B[active:] = row_B[active:] = 0
         full = np.nonzero(row_B == PAGE_LENGTH - 1)[0]
-        self._length_S[:active] += 1
         longest = int(position_B.max())
         return DecodeStep(
             every_B=self._every_S[:batch],
@@ -169,6 +206,28 @@ class DecodeCache:
             active=active,
             positions=longest + 1,
         )
+
+    def length(self, slot: int) -> int:
+        """Tokens of the sequence in a slot; 0 where it is empty."""
+        return int(self._length_S[slot])
+
+    def snapshot(self, slot: int) -> list[State]:
+        """Copies of all that the cache holds of one sequence: per layer, states and the pages in order."""
+        pages = self._tensor(self._page_SJ[slot, : -(-self.length(slot) // PAGE_LENGTH)])
+        return [
+            {name: x.index_select(0, pages) if name in paged else x[slot].clone() for name, x in state.items()}
+            for state, paged in zip(self.layers, self._paged, strict=True)
+        ]
+
+    def restore(self, slot: int, length: int, layers: Sequence[State]) -> None:
+        """Put a sequence of `length` tokens, as `snapshot` gave it, into an empty slot."""
+        pages = self.extend([slot], [length]).pages_BJ[0]
+        for state, paged, stored in zip(self.layers, self._paged, layers, strict=True):
+            for name, tensor in state.items():
+                if name in paged:
+                    tensor.index_copy_(0, pages, stored[name].to(tensor.device))
+                else:
+                    tensor[slot] = stored[name]
 
     @property
     def pages_in_use(self) -> int:

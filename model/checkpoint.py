@@ -18,6 +18,7 @@ from cispo.model.config import ModelConfig
 from cispo.model.decoder import Decoder
 from cispo.model.families import read_hf_config, write_hf_config
 from cispo.model.tensor_names import ROUTER_SUFFIXES, alternatives, is_derived, named_views
+from cispo.model.tokenizer import count_ids
 from cispo.model.weight_files import (
     INDEX_NAME,
     WEIGHTS_NAME,
@@ -122,12 +123,15 @@ def _misfits(stored: StoredTensor, view: Tensor) -> list[str]:
 
 
 def _new_decoder(path: Path, dtype: torch.dtype, device: torch.device | str) -> Decoder:
-    """Routers stay float32 whatever the dtype, as MiniMax-M1 stores them."""
+    """Routers stay float32 whatever the dtype, as MiniMax-M1 stores them; ids past the tokenizer's are untrained."""
     with torch.device("meta"):
         decoder = Decoder(read_config(path)).to(dtype)
         for name, parameter in decoder.named_parameters():
             if name.endswith("experts.router"):
                 parameter.data = parameter.data.float()
+    ids = count_ids(path)
+    if ids is not None:
+        decoder.trained_ids = min(ids, decoder.config.vocabulary_size)
     return decoder.to_empty(device=device)
 
 

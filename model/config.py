@@ -66,6 +66,11 @@ class ModelConfig:
     def layers(self) -> int:
         return len(self.mixers)
 
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose experts have a router."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.dense_layers)
+
     def channel_sizes(self, layer: int) -> tuple[int, int, int]:
         """Experts, experts a token and width of a layer's channel mixer; a dense one is one expert."""
         if layer in self.dense_layers:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
+from cispo.kernels.cpu_library import unrecorded
 from cispo.kernels.lightning_attention import (
     Decays,
     decays,
@@ -20,9 +21,10 @@ from cispo.kernels.lightning_attention import (
     lightning_decode,
     lightning_prefill,
 )
-from cispo.kernels.norm import gated_norm, rms_norm
+from cispo.kernels.norm import gated_norm
 from cispo.kernels.product import product
-from cispo.kernels.softmax_attention import softmax_attention, softmax_decode
+from cispo.kernels.rows import add_bias, head_norms
+from cispo.kernels.softmax_attention import softmax_attention, softmax_decode, softmax_prefill
 from cispo.kernels.softmax_cpu import Pages
 from cispo.model.cache import DecodeStep, PrefillTarget, State, StateSpec
 from cispo.model.config import LIGHTNING, ModelConfig, RopeScaling
@@ -72,15 +74,15 @@ class LightningMixer(nn.Module):
         """Float32 whatever the weights' dtype: rounded decays are wrong decays."""
         if self._decays is None or self._decays.within_HCC.device != device:
             # The engine steps in inference mode, and constants made there could take no part in the learner's backward.
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), unrecorded():
                 self._decays = decays(self._slopes_H.to(device))
         return self._decays
 
     def state_specs(self) -> list[StateSpec]:
         return [
-            StateSpec("state", (self.heads, self.head_dim, self.head_dim), is_paged=False),
-            StateSpec("k_recent", (self.heads, self.head_dim, CHUNK_LENGTH), is_paged=False),
-            StateSpec("v_recent", (self.heads, CHUNK_LENGTH, self.head_dim), is_paged=False),
+            StateSpec("state", (self.heads, self.head_dim, self.head_dim), torch.float32, is_paged=False),
+            StateSpec("k_recent", (self.heads, self.head_dim, CHUNK_LENGTH), self.out.dtype, is_paged=False),
+            StateSpec("v_recent", (self.heads, CHUNK_LENGTH, self.head_dim), self.out.dtype, is_paged=False),
         ]
 
     def _split(self, qkv_gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,30 +143,27 @@ class SoftmaxMixer(nn.Module):
         """Queries, keys and values of each row, ready to be rotated: [N, (H + 2 K) A]."""
         qkv = product(x_ND, self.qkv)
         if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias
+            qkv = add_bias(qkv, self.qkv_bias)
         if self.q_norm is None or self.k_norm is None:
             return qkv
-        rows = [heads * self.head_dim for heads in (self.heads, self.key_heads, self.key_heads)]
-        q, k, v = qkv.split(rows, dim=-1)
-        return torch.cat((self._head_norm(q, self.q_norm), self._head_norm(k, self.k_norm), v), dim=-1)
-
-    def _head_norm(self, x_NX: Tensor, weight_A: Tensor) -> Tensor:
-        return rms_norm(x_NX.reshape(-1, self.head_dim), weight_A, self.norm_epsilon).view(x_NX.shape)
+        return head_norms(qkv, self.q_norm, self.k_norm, self.norm_epsilon, self.heads, self.key_heads)
 
     def state_specs(self) -> list[StateSpec]:
         keys, values = (self.head_dim, CHUNK_LENGTH), (CHUNK_LENGTH, self.head_dim)
         return [
-            StateSpec("k_pages", (self.key_heads, *keys), is_paged=True),
-            StateSpec("v_pages", (self.key_heads, *values), is_paged=True),
+            StateSpec("k_pages", (self.key_heads, *keys), self.out.dtype, is_paged=True),
+            StateSpec("v_pages", (self.key_heads, *values), self.out.dtype, is_paged=True),
         ]
 
     def forward(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
     ) -> Tensor:
-        pages = None
+        qkv = self._project(x_ND)
         if state is not None and target is not None:
             pages = Pages(state["k_pages"], state["v_pages"], target.pages_BJ)
-        out = softmax_attention(self._project(x_ND), rotary_NA, self.heads, self.key_heads, grid, pages)
+            out = softmax_prefill(qkv, rotary_NA, self.heads, self.key_heads, grid, pages)
+        else:
+            out = softmax_attention(qkv, rotary_NA, self.heads, self.key_heads, grid)
         return product(out.to(x_ND.dtype), self.out)
 
     def decode(self, x_BD: Tensor, rotary_BA: Tensor, step: DecodeStep, state: State) -> Tensor:

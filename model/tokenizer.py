@@ -26,6 +26,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE_FILE = "chat_template.jinja"
 
 
+def count_ids(path: Path | str) -> int | None:
+    """One more than the largest id that the tokenizer of a policy folder gives; None where it has no tokenizer."""
+    file = Path(path) / TOKENIZER_FILES[0]
+    if not file.is_file():
+        return None
+    return 1 + max(_read_vocabulary(file).get_vocab(with_added_tokens=True).values(), default=-1)
+
+
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 

@@ -96,6 +96,15 @@ def test_policy_of_another_family(place: Path) -> None:
     assert "model_type 'gpt2' is not supported" in line
 
 
+def test_replay_needs_a_policy_with_routers(place: Path) -> None:
+    assert load_train_recipe(place / "train.yaml", ["learner.routing_replay=true"]).learner.routing_replay
+    config = json.loads((place / "policy" / "config.json").read_text())
+    dense = config | {"model_type": "qwen3", "attention_bias": False}
+    (place / "policy" / "config.json").write_text(json.dumps(dense))
+    (line,) = mistakes(place / "train.yaml", "learner.routing_replay=true")
+    assert line.startswith("command line learner.routing_replay: is on, but no layer of")
+
+
 def test_policy_folder_that_is_not_there(place: Path) -> None:
     (line,) = mistakes(place / "train.yaml", "policy.path=polcy")
     assert line == (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cispo.data import DataSettings, check_data
 from cispo.errors import CheckpointError, CispoError
+from cispo.model.config import ModelConfig
 from cispo.model.families import read_hf_config
 from cispo.model.weight_files import missing_weights
 from cispo.recipe.document import SettingPath
@@ -23,7 +24,7 @@ FileMistake = tuple[SettingPath, str]
 
 def train_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     """What `cispo train` would miss, each with the setting that names it."""
-    found = policy_mistakes(recipe.policy.path, recipe.base_path)
+    found = policy_mistakes(recipe.policy.path, recipe.base_path) or _routing_mistakes(recipe)
     rewards, columns = _reward_mistakes(recipe)
     found += _data_mistakes(("data",), recipe.data, recipe.base_path, columns)
     if recipe.evaluation is not None:
@@ -84,12 +85,20 @@ def _no_folder(path: str, folder: Path) -> str:
     return f"there is no folder {folder}; name a policy folder in Hugging Face layout, or {BUNDLED}tiny"
 
 
-def _read_config(file: Path) -> None:
+def _routing_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
+    """What is asked of the routers of a policy folder in which nothing else is amiss."""
+    folder = resolve_policy(recipe.policy.path, base_path=recipe.base_path)
+    if not recipe.learner.routing_replay or _read_config(folder / "config.json").routed_layers:
+        return []
+    return [(("learner", "routing_replay"), f"is on, but no layer of {folder} chooses among experts; leave it out")]
+
+
+def _read_config(file: Path) -> ModelConfig:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CispoError(f"{file} is not valid JSON ({error}); restore it from its source") from error
-    read_hf_config(config)
+    return read_hf_config(config)
 
 
 def _data_mistakes(path: SettingPath, data: DataSettings, base_path: Path, columns: Sequence[str]) -> list[FileMistake]:

@@ -4,22 +4,26 @@ A step is schedule -> run -> postprocess. Groups are admitted whole: the prompt 
 group's completions. Sequences occupy dense slots; when one ends, the last moves into its place and waiting groups move
 up.
 
-S slots, B active sequences, T tokens of one completion.
+S slots, B active sequences, N packed tokens, T tokens of one sequence, L layers that have a router, K experts a token.
 """
 
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cispo.kernels.head_loss import head_logits
 from cispo.model.decoder import Decoder
+from cispo.model.routing import ExpertRecord, RoutingControl
 from cispo.model.tokenizer import Tokenizer
+from cispo.rollout.decode_step import DecodeStepper, Ids, Logprobs
 from cispo.rollout.sampling import noise_key, sample_tokens, uniforms
-from cispo.types import Group, Prompt, Rollout, StopReason, Turn
+from cispo.types import ExpertIdArray, Group, Prompt, Rollout, StopReason, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +49,20 @@ class GroupRequest:
 
 @dataclass(slots=True, eq=False)
 class _Sampling:
-    """A group under way: its prompt's ids and the completions that have ended."""
+    """A group under way: its prompt's ids, the experts of all but the last, and the completions that have ended."""
 
     request: GroupRequest
     prompt_ids: list[int]
     rollouts: dict[int, Rollout]
+    prompt_expert_ids_TLK: ExpertIdArray | None = None
 
 
 class Engine:
     """Samples groups of completions from one decoder.
 
     max_concurrent_completions bounds the sequences decoded together, max_prompt_tokens the length of a prompt; both fix
-    the cache's memory. Not safe to use from two threads at once.
+    the cache's memory. records_experts: keep in the rollouts which experts every token went to, for the learner to take
+    again. Not safe to use from two threads at once.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Engine:
         *,
         max_concurrent_completions: int,
         max_prompt_tokens: int,
+        records_experts: bool = False,
     ) -> None:
         self.decoder, self.tokenizer, self.settings = decoder, tokenizer, settings
         self.policy_version = 0
@@ -77,18 +84,27 @@ class Engine:
         self._cache = decoder.new_cache(
             capacity=max_concurrent_completions, max_tokens=max_prompt_tokens + settings.max_completion_tokens
         )
+        self._stepper = DecodeStepper(decoder, self._cache)
         slots, limit = self._cache.capacity, settings.max_completion_tokens
         self._waiting: deque[_Sampling] = deque()
         self._finished: list[Group] = []
         self._active = 0
         self._sampling: list[_Sampling | None] = [None] * slots
+        self._every_S = np.arange(slots)
         self._completion_index_S = np.zeros(slots, np.int64)
         self._key_S = np.zeros(slots, np.uint64)
         self._temperature_S = np.ones(slots, np.float32)
         self._sampled_S = np.zeros(slots, np.int64)
+        self._last_id_S = np.zeros(slots, np.int64)
+        self._per_slot: tuple[npt.NDArray[Any], ...] = (
+            self._completion_index_S, self._key_S, self._temperature_S, self._sampled_S, self._last_id_S,
+        )  # fmt: skip
         self._ids_ST = np.zeros((slots, limit), np.int32)
         self._logprobs_ST = np.zeros((slots, limit), np.float32)
         self._versions_ST = np.zeros((slots, limit), np.int32)
+        self._record = ExpertRecord(decoder.config) if records_experts else None
+        self._routing = RoutingControl(record=self._record) if self._record else None
+        self._experts_STLK = self._record.room(slots, limit).numpy() if self._record else None
 
     def submit(self, request: GroupRequest) -> None:
         """Queue a group. ValueError when the group or its prompt can never fit."""
@@ -122,12 +138,9 @@ class Engine:
         """Sample one token of every active completion, or the first tokens of groups that were just admitted."""
         admitted = self._schedule()
         if admitted:
-            first, logits_BV = self._prefill(admitted)
+            self._postprocess(*self._prefill(admitted))
         elif self._active:
-            first, logits_BV = 0, self._decode()
-        else:
-            return
-        self._postprocess(first, logits_BV)
+            self._postprocess(0, *self._decode())
 
     def collect(self) -> list[Group]:
         """Groups that have ended since the last call, each with its rollouts in order of completion index."""
@@ -151,8 +164,8 @@ class Engine:
             occupied += admitted[-1].request.group_size
         return admitted
 
-    def _prefill(self, admitted: Sequence[_Sampling]) -> tuple[int, Tensor]:
-        """Run the prompts packed, fork each to its completions; returns the first new slot and their logits."""
+    def _prefill(self, admitted: Sequence[_Sampling]) -> tuple[int, Ids, Logprobs]:
+        """Run the prompts packed, fork each to its completions; returns the first new slot and their first tokens."""
         first, sources = self._active, []
         for sampling in admitted:
             sources.append(self._active)
@@ -160,18 +173,33 @@ class Engine:
                 self._occupy(self._active, sampling, index)
                 self._active += 1
         lengths = [len(sampling.prompt_ids) for sampling in admitted]
-        target = self._cache.admit(sources, lengths)
+        target = self._cache.extend(sources, lengths)
         ids_N = torch.tensor([token for sampling in admitted for token in sampling.prompt_ids], device=self._device)
         positions_N = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
         ends_B = torch.tensor(lengths).cumsum(0)
         cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), ends_B)).to(self._device, torch.int32)
-        hidden_ND = self.decoder(ids_N, positions_N, cu_seqlens, self._cache, target)
+        hidden_ND = self.decoder(ids_N, positions_N, cu_seqlens, target, routing=self._routing)
+        self._record_prompts(admitted, sources)
         for source, sampling in zip(sources, admitted, strict=True):
             self._cache.fork(source, range(source + 1, source + sampling.request.group_size))
         last_BD = hidden_ND.index_select(0, (ends_B - 1).to(self._device))
         logits_BV = head_logits(last_BD, self.decoder.head_weight)
         sizes = torch.tensor([sampling.request.group_size for sampling in admitted], device=self._device)
-        return first, logits_BV.repeat_interleave(sizes, 0)
+        new = slice(first, self._active)
+        uniform_B = torch.from_numpy(uniforms(self._key_S[new], self._sampled_S[new])).to(self._device)
+        temperature_B = torch.from_numpy(self._temperature_S[new]).to(self._device)
+        ids_B, logprob_B = sample_tokens(logits_BV.repeat_interleave(sizes, 0), uniform_B, temperature_B)
+        return first, ids_B.to("cpu").numpy(), logprob_B.to("cpu").numpy()
+
+    def _record_prompts(self, admitted: Sequence[_Sampling], sources: Sequence[int]) -> None:
+        """Keep the experts of prompts; those of a prompt's last token go to the first token of each completion."""
+        if self._record is None or self._experts_STLK is None:
+            return
+        ends = np.cumsum([len(sampling.prompt_ids) for sampling in admitted])
+        parts = np.split(self._record.ids_NLK.cpu().numpy(), ends[:-1])
+        for sampling, source, ids_TLK in zip(admitted, sources, parts, strict=True):
+            sampling.prompt_expert_ids_TLK = ids_TLK[:-1].copy()
+            self._experts_STLK[source : source + sampling.request.group_size, 0] = ids_TLK[-1]
 
     def _occupy(self, slot: int, sampling: _Sampling, completion_index: int) -> None:
         request = sampling.request
@@ -181,30 +209,30 @@ class Engine:
         self._temperature_S[slot] = request.temperature
         self._sampled_S[slot] = 0
 
-    def _decode(self) -> Tensor:
-        step = self._cache.begin_step(self._active)
-        batch = step.position_B.numel()
-        last_B = self._ids_ST[np.arange(batch), np.maximum(self._sampled_S[:batch] - 1, 0)]
-        hidden_BD = self.decoder.decode(torch.from_numpy(last_B).to(self._device, torch.int64), step, self._cache)
-        return head_logits(hidden_BD, self.decoder.head_weight)[: self._active]
+    def _decode(self) -> tuple[Ids, Logprobs]:
+        every = slice(0, self._active)
+        uniform_B = uniforms(self._key_S[every], self._sampled_S[every])
+        sampled = self._stepper.run(self._last_id_S[every], uniform_B, self._temperature_S[every], self._routing)
+        if self._record is not None and self._experts_STLK is not None:
+            active = self._every_S[every]
+            self._experts_STLK[active, self._sampled_S[active]] = self._record.ids_NLK[: self._active].cpu().numpy()
+        return sampled
 
-    def _postprocess(self, first: int, logits_BV: Tensor) -> None:
-        """Sample a token for each slot from `first` on, record it, and retire completions that have ended."""
-        slots = np.arange(first, self._active)
-        position_B = self._sampled_S[slots]
-        uniform_B = torch.from_numpy(uniforms(self._key_S[slots], position_B)).to(self._device)
-        temperature_B = torch.from_numpy(self._temperature_S[slots]).to(self._device)
-        ids_B, logprob_B = sample_tokens(logits_BV, uniform_B, temperature_B)
-        ids = ids_B.to("cpu").numpy()
-        self._ids_ST[slots, position_B] = ids
-        self._logprobs_ST[slots, position_B] = logprob_B.to("cpu").numpy()
-        self._versions_ST[slots, position_B] = self.policy_version
-        self._sampled_S[slots] += 1
+    def _postprocess(self, first: int, ids_B: Ids, logprob_B: Logprobs) -> None:
+        """Record the token sampled for each slot from `first` on, and retire completions that have ended."""
+        new = slice(first, self._active)
+        slots, sampled_B = self._every_S[new], self._sampled_S[new]
+        self._last_id_S[new] = ids_B
+        self._ids_ST[slots, sampled_B] = ids_B
+        self._logprobs_ST[slots, sampled_B] = logprob_B
+        self._versions_ST[slots, sampled_B] = self.policy_version
+        sampled_B += 1
         self.completion_tokens += len(slots)
-        is_eos = ids == self.tokenizer.eos_id
-        ended = is_eos | (self._sampled_S[slots] == self.settings.max_completion_tokens)
-        for at in reversed(np.nonzero(ended)[0]):
-            self._retire(int(slots[at]), StopReason.EOS if is_eos[at] else StopReason.LENGTH)
+        is_eos = ids_B == self.tokenizer.eos_id
+        ended = is_eos | (sampled_B == self.settings.max_completion_tokens)
+        if ended.any():
+            for at in reversed(np.nonzero(ended)[0]):
+                self._retire(first + int(at), StopReason.EOS if is_eos[at] else StopReason.LENGTH)
 
     def _retire(self, slot: int, reason: StopReason) -> None:
         sampling = self._sampling[slot]
@@ -216,6 +244,7 @@ class Engine:
             loss_mask_T=np.ones(length, np.bool_),
             logprobs_T=self._logprobs_ST[slot, :length].copy(),
             policy_versions_T=self._versions_ST[slot, :length].copy(),
+            expert_ids_TLK=None if self._experts_STLK is None else self._experts_STLK[slot, :length].copy(),
         )
         sampling.rollouts[index] = Rollout(
             prompt_id=sampling.request.prompt.id,
@@ -224,6 +253,7 @@ class Engine:
             turns=(turn,),
             stop_reason=reason,
             text=self.tokenizer.decode(turn.token_ids_T.tolist()),
+            prompt_expert_ids_TLK=sampling.prompt_expert_ids_TLK,
         )
         if len(sampling.rollouts) == sampling.request.group_size:
             in_order = tuple(sampling.rollouts[i] for i in range(sampling.request.group_size))
@@ -237,10 +267,12 @@ class Engine:
         if slot != last:
             self._cache.move(last, slot)
             self._sampling[slot] = self._sampling[last]
-            for per_slot in (self._completion_index_S, self._key_S, self._temperature_S, self._sampled_S):
+            for per_slot in self._per_slot:
                 per_slot[slot] = per_slot[last]
             length = self._sampled_S[slot]
             for per_token in (self._ids_ST, self._logprobs_ST, self._versions_ST):
                 per_token[slot, :length] = per_token[last, :length]
+            if self._experts_STLK is not None:
+                self._experts_STLK[slot, :length] = self._experts_STLK[last, :length]
         self._sampling[last] = None
         self._active = last

@@ -4,6 +4,7 @@
 // threads, and a decode step is one parallel region. A token's sum is one chain over its experts in order of their
 // number, and every product is one chain too, so its bits do not depend on the tokens beside it.
 #include "experts.h"
+#include "replay.h"
 
 using namespace cispo;
 
@@ -21,8 +22,8 @@ int64_t tokens_a_run(const ExpertSizes& sizes, int64_t threads) {
   return std::max<int64_t>(1, std::clamp(blocks(sizes.tokens, 4 * threads), least, most));
 }
 
-// The largest logits, equal ones by lower index, and their softmax: that of all experts renormalised over the chosen.
-void choose(const float* logits, int64_t experts, int64_t choices, int32_t* ids, float* weight) {
+// The largest logits, equal ones by lower index.
+void choose(const float* logits, int64_t experts, int64_t choices, int32_t* ids) {
   for (int64_t choice = 0; choice < choices; ++choice) {
     int64_t best = -1;
     for (int64_t e = 0; e < experts; ++e) {
@@ -30,26 +31,63 @@ void choose(const float* logits, int64_t experts, int64_t choices, int32_t* ids,
       if (std::find(ids, ids + choice, e) == ids + choice) best = e;
     }
     ids[choice] = static_cast<int32_t>(best);
-    weight[choice] = logits[best];
   }
-  const Vec highest = fill(weight[0]);
+}
+
+Vec sum_weights(const float* weight, int64_t choices) {
   Vec total{};
   for (int64_t choice = 0; choice < choices; choice += kLanes) {
-    const int64_t n = std::min(kLanes, choices - choice);
-    const Vec part = exp(load_first(weight + choice, n, -INFINITY) - highest);
-    store_first(weight + choice, part, n);
-    total += part;
+    total += load_first(weight + choice, std::min(kLanes, choices - choice));
   }
-  const Vec whole = fill(sum(total));
+  return fill(sum(total));
+}
+
+// Their softmax: that of all experts renormalised over the chosen. One whose weight is below the threshold is dropped,
+// but for the heaviest: its id becomes -1, its weight 0, and the others are renormalised.
+void weigh(const float* logits, int64_t choices, float threshold, int32_t* ids, float* weight) {
+  int64_t heaviest = 0;
+  for (int64_t choice = 0; choice < choices; ++choice) {
+    weight[choice] = logits[ids[choice]];
+    if (weight[choice] > weight[heaviest]) heaviest = choice;
+  }
+  const Vec highest = fill(weight[heaviest]);
+  for (int64_t choice = 0; choice < choices; choice += kLanes) {
+    const int64_t n = std::min(kLanes, choices - choice);
+    store_first(weight + choice, exp(load_first(weight + choice, n, -INFINITY) - highest), n);
+  }
+  Vec whole = sum_weights(weight, choices);
+  if (threshold > 0.0f) {
+    for (int64_t choice = 0; choice < choices; ++choice) {
+      if (choice != heaviest && weight[choice] / whole[0] < threshold) ids[choice] = -1, weight[choice] = 0.0f;
+    }
+    whole = sum_weights(weight, choices);
+  }
   for (int64_t choice = 0; choice < choices; choice += kLanes) {
     const int64_t n = std::min(kLanes, choices - choice);
     store_first(weight + choice, load_first(weight + choice, n) / whole, n);
   }
 }
 
+// Entropy of the softmax over all experts, in nats: ln sum e^l - sum p l, with logits counted from the highest.
+float entropy(const float* logits, int64_t experts) {
+  const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const float highest = *std::max_element(logits, logits + experts);
+  Vec total{}, moment{};
+  for (int64_t e = 0; e < experts; e += kLanes) {
+    const int64_t n = std::min(kLanes, experts - e);
+    const Vec below = load_first(logits + e, n, highest) - fill(highest);
+    const Vec part = select(lane < static_cast<int32_t>(n), exp(below), Vec{});
+    total += part;
+    moment = fma(part, below, moment);
+  }
+  const float whole = sum(total);
+  return std::log(whole) - sum(moment) / whole;
+}
+
 struct Operands {
-  const float *x, *router, *gate_up, *down;
-  float *y, *weight, *saved;
+  const float *x, *router, *gate_up, *down, *threshold;
+  const int32_t* given;
+  float *y, *weight, *entropy, *saved;
   int32_t* ids;
 };
 
@@ -97,8 +135,15 @@ void run_tokens(const ExpertSizes& sizes, const Operands& of, int64_t first, int
   int32_t* order = expert_scratch<6, int32_t>(slots);
   multiply_packed(tokens, sizes.experts, d, {of.x + first * d, d, 1}, of.router, logits, sizes.experts);
   for (int64_t t = 0; t < tokens; ++t) {
-    choose(logits + t * sizes.experts, sizes.experts, sizes.choices, ids + t * sizes.choices,
-           weight + t * sizes.choices);
+    const float* row = logits + t * sizes.experts;
+    int32_t* chosen = ids + t * sizes.choices;
+    if (of.given) {
+      std::copy_n(of.given + (first + t) * sizes.choices, sizes.choices, chosen);
+    } else {
+      choose(row, sizes.experts, sizes.choices, chosen);
+    }
+    weigh(row, sizes.choices, of.threshold ? of.threshold[first + t] : 0.0f, chosen, weight + t * sizes.choices);
+    if (of.entropy) of.entropy[first + t] = entropy(row, sizes.experts);
   }
   sort_by_expert(ids, slots, sizes.experts, starts, order);
   std::fill(of.y + first * d, of.y + (first + tokens) * d, 0.0f);
@@ -114,13 +159,15 @@ void run_tokens(const ExpertSizes& sizes, const Operands& of, int64_t first, int
 extern "C" {
 
 // x, y [N, D]. router: packed [D, E]; gate_up: packed gate and up [D, F] of each expert in turn; down: packed [F, D] of
-// each. D and F are multiples of 16. For the backward, all or none: ids and weight [N, K], and saved [N, K, 2F], which
-// takes gate and up of 32 columns in turn.
-void cispo_experts(const float* x, const float* router, const float* gate_up, const float* down, float* y, int32_t* ids,
-                   float* weight, float* saved, int64_t n, int64_t d, int64_t f, int64_t experts, int64_t choices,
-                   int64_t threads) {
+// each. D and F are multiples of 16. Where they are not null: threshold [N], below which a chosen expert is dropped;
+// given [N, K], ids to take in place of the largest logits. Filled where they are not null: ids and weight [N, K] (-1 and
+// 0 of what is dropped), entropy [N] of the router, and saved [N, K, 2F] for the backward, which takes gate and up of 32
+// columns in turn.
+void cispo_experts(const float* x, const float* router, const float* gate_up, const float* down,
+                   const float* threshold, const int32_t* given, float* y, int32_t* ids, float* weight, float* entropy,
+                   float* saved, int64_t n, int64_t d, int64_t f, int64_t experts, int64_t choices, int64_t threads) {
   const ExpertSizes sizes{n, d, f, experts, choices};
-  const Operands of{x, router, gate_up, down, y, weight, saved, ids};
+  const Operands of{x, router, gate_up, down, threshold, given, y, weight, entropy, saved, ids};
   const int64_t tokens = tokens_a_run(sizes, threads), runs = blocks(n, tokens);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t run = 0; run < runs; ++run) {
@@ -128,3 +175,5 @@ void cispo_experts(const float* x, const float* router, const float* gate_up, co
   }
 }
 }
+
+CISPO_REPLAY(experts)

@@ -26,12 +26,17 @@ inline T* expert_scratch(int64_t size) {
   return scratch.data();
 }
 
-// Slots in order of expert, then of slot: those of expert e are order[starts[e] .. starts[e + 1]).
+// Slots in order of expert, then of slot: those of expert e are order[starts[e] .. starts[e + 1]). Slots with a negative
+// id go to no expert and are left out.
 inline void sort_by_expert(const int32_t* ids, int64_t slots, int64_t experts, int32_t* starts, int32_t* order) {
   std::fill(starts, starts + experts + 1, 0);
-  for (int64_t slot = 0; slot < slots; ++slot) ++starts[ids[slot] + 1];
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    if (ids[slot] >= 0) ++starts[ids[slot] + 1];
+  }
   for (int64_t e = 0; e < experts; ++e) starts[e + 1] += starts[e];
-  for (int64_t slot = 0; slot < slots; ++slot) order[starts[ids[slot]]++] = static_cast<int32_t>(slot);
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    if (ids[slot] >= 0) order[starts[ids[slot]]++] = static_cast<int32_t>(slot);
+  }
   for (int64_t e = experts; e > 0; --e) starts[e] = starts[e - 1];
   starts[0] = 0;
 }

@@ -111,8 +111,8 @@ void run_segment(const ExpertSizes& sizes, const Operands& of, const Segment& se
   }
 }
 
-// dlogit_k = w_k (dw_k - sum_j w_j dw_j) of the chosen, and 0 of the others. Of a run of tokens: dx, which is the slots'
-// in order of choice, then the router's; and the run's sum of the router's gradient.
+// dlogit_k = w_k (dw_k - sum_j w_j dw_j) of the chosen, and 0 of the others, dropped ones too. Of a run of tokens: dx,
+// which is the slots' in order of choice, then the router's; and the run's sum of the router's gradient.
 void combine(const ExpertSizes& sizes, const Operands& of, const float* router, int64_t first, int64_t last, float* dx,
              float* drouter) {
   const int64_t d = sizes.width, choices = sizes.choices;
@@ -121,11 +121,14 @@ void combine(const ExpertSizes& sizes, const Operands& of, const float* router, 
     const float *weight = of.weight + token * choices, *dweight = of.dweight + token * choices;
     const int32_t* ids = of.ids + token * choices;
     float mean = 0.0f;
-    for (int64_t k = 0; k < choices; ++k) mean += weight[k] * dweight[k];
+    for (int64_t k = 0; k < choices; ++k) {
+      if (ids[k] >= 0) mean += weight[k] * dweight[k];
+    }
     for (int64_t j = 0; j < d; j += kLanes) {
       const Vec x = load(of.x + token * d + j);
       Vec total{}, routed{};
       for (int64_t k = 0; k < choices; ++k) {
+        if (ids[k] < 0) continue;
         const Vec dlogit = fill(weight[k] * (dweight[k] - mean));
         float* sum = drouter + ids[k] * d + j;
         store(sum, fma(dlogit, x, load(sum)));
@@ -157,9 +160,10 @@ void pack_expert(const ExpertSizes& sizes, const float* gate_up, const float* do
 std::vector<Segment> cut(const ExpertSizes& sizes, const int32_t* starts, int64_t span, std::vector<int64_t>& begins) {
   std::vector<Segment> segments;
   int64_t e = 0;
-  for (int64_t row = 0; row < sizes.slots(); row += span) {
+  const int64_t kept = starts[sizes.experts];
+  for (int64_t row = 0; row < kept; row += span) {
     begins.push_back(static_cast<int64_t>(segments.size()));
-    const int64_t end = std::min(row + span, sizes.slots());
+    const int64_t end = std::min(row + span, kept);
     for (int64_t at = row; at < end;) {
       while (starts[e + 1] <= at) ++e;
       const int64_t last = std::min<int64_t>(end, starts[e + 1]);
@@ -176,9 +180,9 @@ std::vector<Segment> cut(const ExpertSizes& sizes, const int32_t* starts, int64_
 extern "C" {
 
 // From dy [N, D] and what cispo_experts left in ids, weight and saved: dx [N, D], drouter [E, D], dgate_up [E, 2F, D]
-// and ddown [E, D, F]. x [N, D]; router, gate_up and down as they are, contiguous. scratch: floats for the
-// weights packed for this direction, the router's sums, a row of dx of each slot, the experts' sums, and a value of each
-// slot (experts_cpu.py counts them).
+// and ddown [E, D, F]. Slots with a negative id were dropped and have no part in it. x [N, D]; router, gate_up and down as
+// they are, contiguous. scratch: floats for the weights packed for this direction, the router's sums, a row of dx of each
+// slot, the experts' sums, and a value of each slot (experts_cpu.py counts them).
 void cispo_experts_gradient(const float* dy, const float* x, const float* router, const float* gate_up,
                             const float* down, const int32_t* ids, const float* weight, const float* saved, float* dx,
                             float* drouter, float* dgate_up, float* ddown, float* scratch, int64_t n, int64_t d,

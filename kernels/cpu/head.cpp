@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "replay.h"
 
 using namespace cispo;
 
@@ -182,3 +183,5 @@ void cispo_sample(const float* logits, int64_t logits_row, const float* temperat
   }
 }
 }
+
+CISPO_REPLAY(sample)

@@ -5,6 +5,7 @@
 // the last addition and multiplication rounded once. After a full chunk S = lam S + (chain over j of (lk_j k_j)^T v_j),
 // again rounded once. Terms of keys past the query are p = 0 and change nothing. See cispo.kernels.lightning_attention.
 #include "lightning.h"
+#include "replay.h"
 
 using namespace cispo;
 using namespace cispo::lightning;
@@ -21,6 +22,22 @@ struct Cache {
   float *state, *k_recent, *v_recent;
 };
 
+// Rows 0 .. first - 1 of the chunk that the cache was left in: their keys and values.
+void recall(Cache cache, int64_t first, int64_t dim, Forward& own) {
+  for (int64_t d = 0; d < dim; ++d)
+    std::memcpy(own.k_transposed + d * kChunk, cache.k_recent + d * kChunk, first * sizeof(float));
+  for (int64_t j = 0; j < first; ++j) std::memcpy(own.v + j * kRow, cache.v_recent + j * dim, dim * sizeof(float));
+}
+
+// Leave the state before an unfinished chunk (null where it is zero), and its rows first .. end - 1.
+void keep(const float* state, const Forward& own, int64_t first, int64_t end, int64_t dim, Cache cache) {
+  if (!state) std::memset(cache.state, 0, dim * dim * sizeof(float));
+  else if (state != cache.state) std::memcpy(cache.state, state, dim * dim * sizeof(float));
+  for (int64_t d = 0; d < dim; ++d)
+    std::memcpy(cache.k_recent + d * kChunk + first, own.k_transposed + d * kChunk + first, (end - first) * sizeof(float));
+  for (int64_t j = first; j < end; ++j) std::memcpy(cache.v_recent + j * dim, own.v + j * kRow, dim * sizeof(float));
+}
+
 // after = lam before + (diag(lk) K)^T V for a full chunk; before is null where it is zero, and may be `after`.
 void add_chunk(const float* k_transposed, const float* v, int64_t v_row, int64_t dim, Decays decay, const float* before,
                float* after) {
@@ -34,41 +51,44 @@ void add_chunk(const float* k_transposed, const float* v, int64_t v_row, int64_t
   });
 }
 
+// Rows start .. start + length - 1 of a sequence; x and out begin at row `start`. A start past 0 goes on from the cache.
 // states, where given, takes the state before every chunk but the first, `states_chunk` apart.
-void forward(const float* x, int64_t x_row, int64_t length, int64_t dim, Decays decay, float* out, int64_t out_row,
-             float* states, int64_t states_chunk, const Cache* cache) {
+void forward(const float* x, int64_t x_row, int64_t start, int64_t length, int64_t dim, Decays decay, float* out,
+             int64_t out_row, float* states, int64_t states_chunk, const Cache* cache) {
   Forward& own = workspace<Forward>();
-  const float* state = nullptr;
-  for (int64_t begin = 0; begin < length; begin += kChunk, x += kChunk * x_row, out += kChunk * out_row) {
-    const int64_t n = std::min(kChunk, length - begin);
-    const bool is_last = begin + n == length;
+  const float* state = start >= kChunk ? cache->state : nullptr;
+  // Rows of a chunk: those before `first` are in the cache, those from `end` on are not there yet.
+  for (int64_t begin = start / kChunk * kChunk - start; begin < length; begin += kChunk) {
+    const int64_t first = std::max<int64_t>(0, -begin), end = std::min(kChunk, length - begin), n = end - first;
+    const bool is_last = begin + end == length;
+    const float* rows = x + (begin + first) * x_row;
     // From these rows to those read next: the next chunk's, or the next head's first.
-    const int64_t ahead = is_last ? 3 * dim - begin * x_row : kChunk * x_row;
-    load_silu(x, x_row, n, dim, ahead, own.q);
-    load_silu(x + dim, x_row, n, dim, ahead, own.k);
-    load_silu(x + 2 * dim, x_row, n, dim, ahead, own.v);
-    transpose(round_up(n, kLanes), dim, own.k, kRow, own.k_transposed, kChunk);
-    multiply<kRow, 1>(n, own.q, own.k_transposed, kChunk, earlier_keys(dim), [&](int64_t i, int64_t j, Vec score) {
+    const int64_t ahead = is_last ? 3 * dim - (begin + first) * x_row : n * x_row;
+    load_silu(rows, x_row, first, n, dim, ahead, own.q);
+    load_silu(rows + dim, x_row, first, n, dim, ahead, own.k);
+    load_silu(rows + 2 * dim, x_row, first, n, dim, ahead, own.v);
+    transpose(round_up(end, kLanes), dim, own.k, kRow, own.k_transposed, kChunk);
+    if (first) recall(*cache, first, dim, own);
+    multiply<kRow, 1>(end, own.q, own.k_transposed, kChunk, earlier_keys(dim), [&](int64_t i, int64_t j, Vec score) {
       store(own.scores + i * kChunk + j, score * decay.within(i, j));
     });
-    multiply<kChunk, 1>(n, own.scores, own.v, kRow, over_earlier(dim), [=](int64_t i, int64_t d, Vec inner) {
-      if (i < n) store(out + i * out_row + d, inner);
+    float* to = out + (begin + first) * out_row;
+    multiply<kChunk, 1>(end, own.scores, own.v, kRow, over_earlier(dim), [=](int64_t i, int64_t d, Vec inner) {
+      if (i >= first && i < end) store(to + (i - first) * out_row + d, inner);
     });
     if (state) {
-      multiply<kRow, 1>(n, own.q, state, dim, over_all(dim, dim), [=](int64_t i, int64_t d, Vec carried) {
-        if (i < n) store(out + i * out_row + d, fma(fill(decay.query(i)), carried, load(out + i * out_row + d)));
+      multiply<kRow, 1>(end, own.q, state, dim, over_all(dim, dim), [=](int64_t i, int64_t d, Vec carried) {
+        if (i < first || i >= end) return;
+        float* row = to + (i - first) * out_row + d;
+        store(row, fma(fill(decay.query(i)), carried, load(row)));
       });
     }
-    if (n == kChunk && (!is_last || cache)) {
+    if (end == kChunk && (!is_last || cache)) {
       float* after = is_last ? cache->state : states ? states + (begin / kChunk + 1) * states_chunk : own.state;
       add_chunk(own.k_transposed, own.v, kRow, dim, decay, state, after);
       state = after;
     } else if (is_last && cache) {
-      if (state) std::memcpy(cache->state, state, dim * dim * sizeof(float));
-      else std::memset(cache->state, 0, dim * dim * sizeof(float));
-      for (int64_t d = 0; d < dim; ++d)
-        std::memcpy(cache->k_recent + d * kChunk, own.k_transposed + d * kChunk, n * sizeof(float));
-      for (int64_t j = 0; j < n; ++j) std::memcpy(cache->v_recent + j * dim, own.v + j * kRow, dim * sizeof(float));
+      keep(state, own, first, end, dim, *cache);
     }
   }
 }
@@ -105,10 +125,10 @@ void fetch(Cache cache, int64_t row, int64_t dim) {
 extern "C" {
 
 // x: rows x_row apart, head by head q, k, v. states [chunks, H, D, D] or null. slots: where in the caches each sequence
-// leaves what decode goes on from, or null.
+// leaves what decode goes on from, or null; starts: the position of its first row, at which its cache stands.
 void cispo_lightning_forward(const float* x, int64_t x_row, const int64_t* lengths, const float* decays, float* out,
-                             float* states, const int64_t* slots, float* state, float* k_recent, float* v_recent,
-                             int64_t sequences, int64_t heads, int64_t dim, int64_t threads) {
+                             float* states, const int64_t* slots, const int64_t* starts, float* state, float* k_recent,
+                             float* v_recent, int64_t sequences, int64_t heads, int64_t dim, int64_t threads) {
   const std::vector<Task> all = tasks(lengths, sequences, heads);
   const int64_t at_a_time = tasks_at_a_time(static_cast<int64_t>(all.size()), heads, threads);
 #pragma omp parallel for schedule(dynamic, at_a_time) num_threads(threads)
@@ -119,8 +139,8 @@ void cispo_lightning_forward(const float* x, int64_t x_row, const int64_t* lengt
       const int64_t place = slots[task.sequence] * heads + head;
       cache = {state + place * matrix, k_recent + place * recent, v_recent + place * recent};
     }
-    forward(x + task.first_token * x_row + head * 3 * dim, x_row, task.length, dim, {decays + head * kDecayTable},
-            out + (task.first_token * heads + head) * dim, heads * dim,
+    forward(x + task.first_token * x_row + head * 3 * dim, x_row, slots ? starts[task.sequence] : 0, task.length, dim,
+            {decays + head * kDecayTable}, out + (task.first_token * heads + head) * dim, heads * dim,
             states ? states + (task.first_chunk * heads + head) * matrix : nullptr, heads * matrix,
             slots ? &cache : nullptr);
   }
@@ -143,3 +163,5 @@ void cispo_lightning_decode(const float* x, int64_t x_row, const int64_t* rows, 
   }
 }
 }
+
+CISPO_REPLAY(lightning_decode)

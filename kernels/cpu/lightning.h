@@ -122,19 +122,26 @@ inline void transpose(int64_t rows, int64_t columns, const float* from, int64_t 
   }
 }
 
-// SiLU of n rows of x into a local matrix; slope, where given, takes the derivative. Asks for what lies `ahead`, the
-// rows that will be read next: they are far apart, and no processor guesses them.
-inline void load_silu(const float* x, int64_t x_row, int64_t n, int64_t dim, int64_t ahead, float* value,
+// Zeros in rows first .. end - 1 of a local matrix.
+inline void clear(float* matrix, int64_t first, int64_t end, int64_t dim) {
+  for (int64_t i = first; i < end; ++i) std::memset(matrix + i * kRow, 0, dim * sizeof(float));
+}
+
+// SiLU of n rows of x into rows first .. first + n - 1 of a local matrix, zeros around them; slope, where given, takes
+// the derivative. Asks for what lies `ahead`, the rows that will be read next: they are far apart, and no processor
+// guesses them.
+inline void load_silu(const float* x, int64_t x_row, int64_t first, int64_t n, int64_t dim, int64_t ahead, float* value,
                       float* slope = nullptr) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t d = 0; d < dim; d += kLanes) {
       __builtin_prefetch(x + i * x_row + d + ahead, 0, 2);
       const Vec in = load(x + i * x_row + d), gate = sigmoid(in);
-      store(value + i * kRow + d, in * gate);
-      if (slope) store(slope + i * kRow + d, gate * fma(in, fill(1.0f) - gate, fill(1.0f)));
+      store(value + (first + i) * kRow + d, in * gate);
+      if (slope) store(slope + (first + i) * kRow + d, gate * fma(in, fill(1.0f) - gate, fill(1.0f)));
     }
   }
-  for (int64_t i = n; i < round_up(n, kLanes); ++i) std::memset(value + i * kRow, 0, dim * sizeof(float));
+  clear(value, 0, first, dim);
+  clear(value, first + n, round_up(first + n, kLanes), dim);
 }
 
 // A thread's own matrices, made once.

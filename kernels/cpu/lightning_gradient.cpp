@@ -25,7 +25,7 @@ void load_rows(const float* from, int64_t row, int64_t n, int64_t dim, int64_t a
       store(to + i * kRow + d, load(from + i * row + d));
     }
   }
-  for (int64_t i = n; i < round_up(n, kLanes); ++i) std::memset(to + i * kRow, 0, dim * sizeof(float));
+  clear(to, n, round_up(n, kLanes), dim);
 }
 
 // out = (A B^T) . M for the rows of a chunk, up to the diagonal.
@@ -65,9 +65,9 @@ void backward(const float* x, int64_t x_row, const float* dout, int64_t dout_row
     const auto ahead = [=](int64_t head, int64_t row) {
       return is_first ? head + (chunks - 1) * kChunk * row : -kChunk * row;
     };
-    load_silu(from, x_row, n, dim, ahead(3 * dim, x_row), own.q, own.q_slope);
-    load_silu(from + dim, x_row, n, dim, ahead(3 * dim, x_row), own.k, own.k_slope);
-    load_silu(from + 2 * dim, x_row, n, dim, ahead(3 * dim, x_row), own.v, own.v_slope);
+    load_silu(from, x_row, 0, n, dim, ahead(3 * dim, x_row), own.q, own.q_slope);
+    load_silu(from + dim, x_row, 0, n, dim, ahead(3 * dim, x_row), own.k, own.k_slope);
+    load_silu(from + 2 * dim, x_row, 0, n, dim, ahead(3 * dim, x_row), own.v, own.v_slope);
     load_rows(dout + begin * dout_row, dout_row, n, dim, ahead(dim, dout_row), own.dout);
     causal_products(own.q, own.k, n, dim, decay, own.transposed, own.p);
     causal_products(own.dout, own.v, n, dim, decay, own.transposed, own.dp);

@@ -7,7 +7,8 @@
 // statistics: it needs them anyway, and the sums come along while the row is in cache.
 #include <vector>
 
-#include "simd.h"
+#include "replay.h"
+#include "rms.h"
 
 using namespace cispo;
 
@@ -35,10 +36,6 @@ void for_blocks(int64_t rows, int64_t threads, Block block) {
   for (int64_t index = 0; index < row_blocks(rows); ++index) {
     block(index, index * kRowBlock, std::min(rows, (index + 1) * kRowBlock));
   }
-}
-
-float inverse_root(Vec squares, int64_t width, float epsilon) {
-  return 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + epsilon);
 }
 
 // The term that carries h's own norm: dh = factor g - correction h, for g = weight dy and dot = g . h.
@@ -74,23 +71,18 @@ void add_shares(const std::vector<float>& shares, int64_t blocks, int64_t width,
 
 extern "C" {
 
+// total, where given, takes h.
 void cispo_residual_norm(const float* x, const float* mixed, float alpha, float beta, const float* weight,
-                         float epsilon, float* y, int64_t rows, int64_t width, int64_t threads) {
+                         float epsilon, float* total, float* y, int64_t rows, int64_t width, int64_t threads) {
   const Residual residual{x, mixed, alpha, beta};
   for_blocks(rows, threads, [&](int64_t, int64_t first, int64_t last) {
-    float* h = row_scratch(padded(width));
     for (int64_t row = first; row < last; ++row) {
-      Vec squares{};
-      for (int64_t j = 0; j < width; j += kLanes) {
-        const Vec value = residual.at(row * width + j, std::min(kLanes, width - j));
-        squares = fma(value, value, squares);
-        store(h + j, value);
-      }
-      const Vec factor = fill(inverse_root(squares, width, epsilon));
+      float* h = total ? total + row * width : y + row * width;
       for (int64_t j = 0; j < width; j += kLanes) {
         const int64_t n = std::min(kLanes, width - j);
-        store_first(y + row * width + j, load(h + j) * factor * load_first(weight + j, n), n);
+        store_first(h + j, residual.at(row * width + j, n), n);
       }
+      norm_row(h, weight, epsilon, y + row * width, width);
     }
   });
 }
@@ -182,3 +174,6 @@ void cispo_gated_norm_gradient(const float* dy, const float* x, const float* gat
   add_shares(shares, row_blocks(rows), width, dweight);
 }
 }
+
+CISPO_REPLAY(residual_norm)
+CISPO_REPLAY(gated_norm)

@@ -1,5 +1,6 @@
 // x W^T and its gradients, for x [N, K] with rows x_row apart and W [M, K].
 #include "gemm.h"
+#include "replay.h"
 
 using namespace cispo;
 
@@ -70,3 +71,6 @@ void cispo_product_weight_gradient(const float* dy, const float* x, int64_t x_ro
   }
 }
 }
+
+CISPO_REPLAY(product)
+CISPO_REPLAY(pack_weight)

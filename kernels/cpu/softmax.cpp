@@ -1,4 +1,6 @@
 // Causal softmax attention of packed rows with rotary embedding inside: training forward and prefill.
+#include <utility>
+
 #include "softmax.h"
 
 using namespace cispo;
@@ -16,18 +18,43 @@ struct Tiles {
   int64_t offset(int64_t j) const { return (pages ? pages[j] : j) * step; }
 };
 
-// Rotate a sequence's keys and lay keys and values in their tiles. Keys past the last are zero; values are not touched.
-void fill_tiles(const float* qkv, const float* rotary, int64_t length, int64_t head, const Attention& size,
-                const Tiles& tiles) {
-  alignas(64) float rows[kColumn * kLargestDim];
-  for (int64_t first = 0; first < (length + kKeyTile - 1) / kKeyTile * kKeyTile; first += kColumn) {
-    const int64_t count = std::max<int64_t>(0, std::min(kColumn, length - first));
+// Rows start .. end - 1 of a sequence, whose projections and angles begin at row `start`.
+struct Rows {
+  const float *qkv, *rotary;
+  int64_t start, end;
+
+  // Of the 16 rows from `first` (a multiple of 16) on, those that are there, rotated and scaled; zeros for the others.
+  // column: where they are in a projection. Returns the first of them and the last plus one, counted from `first`.
+  std::pair<int64_t, int64_t> rotated(int64_t first, int64_t column, const Attention& size, float scale, float* to) const {
+    const int64_t from = std::max(start - first, int64_t{0}), until = std::clamp(end - first, from, kColumn);
+    std::fill(to, to + from * size.dim, 0.0f);
+    for (int64_t i = from; i < until; ++i) {
+      const int64_t row = first + i - start;
+      rotate(qkv + row * size.row() + column, rotary + row * 2 * size.half, size, scale, to + i * size.dim);
+    }
+    std::fill(to + until * size.dim, to + kColumn * size.dim, 0.0f);
+    return {from, until};
+  }
+};
+
+// Rotate the keys of some rows and lay keys and values in their tiles. Keys past the last are zero; values are not
+// touched, and neither is what lies before the first row.
+void fill_tiles(const Rows& rows, int64_t head, const Attention& size, const Tiles& tiles) {
+  alignas(64) float rotated[kColumn * kLargestDim];
+  const int64_t stop = (rows.end + kKeyTile - 1) / kKeyTile * kKeyTile;
+  for (int64_t first = rows.start / kColumn * kColumn; first < stop; first += kColumn) {
+    const auto [from, until] = rows.rotated(first, size.key(head), size, 1.0f, rotated);
     const int64_t tile = tiles.offset(first / kKeyTile), row = first % kKeyTile;
-    const float* from = qkv + first * size.row();
-    rotated_rows(from + size.key(head), rotary + first * 2 * size.half, count, size, 1.0f, rows);
-    transpose_rows(rows, size.dim, tiles.keys + tile + row, kKeyTile);
-    for (int64_t i = 0; i < count; ++i) {
-      copy_row(from + i * size.row() + size.value(head), size.dim, tiles.values + tile + (row + i) * size.dim);
+    float* keys = tiles.keys + tile + row;
+    if (from == 0) {
+      transpose_rows(rotated, size.dim, keys, kKeyTile);
+    } else {
+      for (int64_t d = 0; d < size.dim; ++d)
+        for (int64_t i = from; i < kColumn; ++i) keys[d * kKeyTile + i] = rotated[i * size.dim + d];
+    }
+    for (int64_t i = from; i < until; ++i) {
+      copy_row(rows.qkv + (first + i - rows.start) * size.row() + size.value(head), size.dim,
+               tiles.values + tile + (row + i) * size.dim);
     }
   }
 }
@@ -90,68 +117,69 @@ void absorb(Column& column, const float* keys, const float* values, int64_t grou
   }
 }
 
-// Queries first .. first + 15 of a sequence and head. qkv, rotary, out and logsumexp (or null) begin at the sequence.
-void attend(const float* qkv, const float* rotary, int64_t length, int64_t first, int64_t head, const Attention& size,
-            const Tiles& tiles, float* out, float* logsumexp) {
+// Queries first .. first + 15 of a sequence and head, as far as they are there. out and logsumexp (or null) begin at the
+// first row.
+void attend(const Rows& own, int64_t first, int64_t head, const Attention& size, const Tiles& tiles, float* out,
+            float* logsumexp) {
   Column column;
-  alignas(64) float rows[kColumn * kLargestDim];
-  const int64_t count = std::min(kColumn, length - first), last = first / kKeyTile;
-  rotated_rows(qkv + first * size.row() + size.query(head), rotary + first * 2 * size.half, count, size, size.scale(),
-               rows);
-  transpose_rows(rows, size.dim, column.query, kColumn);
+  alignas(64) float rotated[kColumn * kLargestDim];
+  const auto [from, until] = own.rotated(first, size.query(head), size, size.scale(), rotated);
+  const int64_t last = first / kKeyTile, begin = first % kKeyTile, shift = first - own.start;
+  transpose_rows(rotated, size.dim, column.query, kColumn);
   std::fill(column.out, column.out + size.dim * kColumn, 0.0f);
   column.largest = fill(-INFINITY);
   column.total = Vec{};
   for (int64_t j = 0; j <= last; ++j) {
-    const int64_t begin = first % kKeyTile;
     absorb(column, tiles.keys + tiles.offset(j), tiles.values + tiles.offset(j),
-           j < last ? kKeyTile / kLanes : begin / kLanes + 1, j < last ? kKeyTile : begin + count, j == last, size);
+           j < last ? kKeyTile / kLanes : begin / kLanes + 1, j < last ? kKeyTile : begin + until, j == last, size);
   }
   for (int64_t d = 0; d < size.dim; d += kLanes) {
     Vec block[kLanes];
     for (int i = 0; i < kLanes; ++i) block[i] = load(column.out + (d + i) * kColumn) / column.total;
     transpose(block);
-    float* to = out + (first * size.heads + head) * size.dim + d;
-    for (int64_t i = 0; i < count; ++i) store(to + i * size.heads * size.dim, block[i]);
+    for (int64_t i = from; i < until; ++i) store(out + ((shift + i) * size.heads + head) * size.dim + d, block[i]);
   }
   if (!logsumexp) return;
   float largest[kColumn], total[kColumn];
   store(largest, column.largest);
   store(total, column.total);
-  for (int64_t i = 0; i < count; ++i) logsumexp[(first + i) * size.heads + head] = largest[i] + std::log(total[i]);
+  for (int64_t i = from; i < until; ++i) {
+    logsumexp[(shift + i) * size.heads + head] = largest[i] + std::log(total[i]);
+  }
 }
 
 }  // namespace
 
 extern "C" {
 
-// qkv: [N, (heads + 2 key_heads) dim]; rotary: [N, 2, half]; starts: where each sequence begins and the last one ends.
-// out: [N, heads, dim]; logsumexp: [N, heads] for the backward, or null. k_pages [pages, key_heads, dim, 64] and v_pages
-// [pages, key_heads, 64, dim] keep the keys and values of sequence b in pages pages[b * pages_row ..], or are null.
-void cispo_softmax_forward(const float* qkv, const float* rotary, const int64_t* starts, int64_t sequences,
-                           int64_t heads, int64_t key_heads, int64_t dim, int64_t half, float* out, float* logsumexp,
-                           float* k_pages, float* v_pages, const int64_t* pages, int64_t pages_row, int64_t threads) {
+// qkv: [N, (heads + 2 key_heads) dim]; rotary: [N, 2, half]; ends: where each sequence begins and the last one ends. out:
+// [N, heads, dim]; logsumexp: [N, heads] for the backward, or null. k_pages [pages, key_heads, dim, 64] and v_pages
+// [pages, key_heads, 64, dim] keep the keys and values of sequence b in pages pages[b * pages_row ..], or are null; with
+// them starts: the position of each sequence's first row here, whose earlier keys and values are in the pages.
+void cispo_softmax_forward(const float* qkv, const float* rotary, const int64_t* ends, int64_t sequences, int64_t heads,
+                           int64_t key_heads, int64_t dim, int64_t half, float* out, float* logsumexp, float* k_pages,
+                           float* v_pages, const int64_t* pages, int64_t pages_row, const int64_t* starts,
+                           int64_t threads) {
   const Attention size{heads, key_heads, dim, half};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t unit = 0; unit < sequences * key_heads; ++unit) {
-    const int64_t sequence = unit / key_heads, head = unit % key_heads, start = starts[sequence];
-    const int64_t length = starts[sequence + 1] - start;
+    const int64_t sequence = unit / key_heads, head = unit % key_heads, token = ends[sequence];
+    const int64_t start = k_pages ? starts[sequence] : 0;
+    const Rows rows{qkv + token * size.row(), rotary + token * 2 * half, start, start + ends[sequence + 1] - token};
     Tiles tiles;
     if (k_pages) {
       tiles = {k_pages + head * size.tile(), v_pages + head * size.tile(), key_heads * size.tile(),
                pages + sequence * pages_row};
     } else {
-      const int64_t floats = (length + kKeyTile - 1) / kKeyTile * size.tile();
+      const int64_t floats = (rows.end + kKeyTile - 1) / kKeyTile * size.tile();
       float* scratch = aligned_scratch(2 * floats);
       tiles = {scratch, scratch + floats, size.tile(), nullptr};
     }
-    const float* own_qkv = qkv + start * size.row();
-    const float* own_rotary = rotary + start * 2 * half;
-    fill_tiles(own_qkv, own_rotary, length, head, size, tiles);
+    fill_tiles(rows, head, size, tiles);
     for (int64_t query = head * size.group(); query < (head + 1) * size.group(); ++query) {
-      for (int64_t first = 0; first < length; first += kColumn) {
-        attend(own_qkv, own_rotary, length, first, query, size, tiles, out + start * heads * dim,
-               logsumexp ? logsumexp + start * heads : nullptr);
+      for (int64_t first = start / kColumn * kColumn; first < rows.end; first += kColumn) {
+        attend(rows, first, query, size, tiles, out + token * heads * dim,
+               logsumexp ? logsumexp + token * heads : nullptr);
       }
     }
   }

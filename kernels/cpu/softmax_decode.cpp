@@ -2,6 +2,7 @@
 //
 // Keys lie in the lanes for scores and weights, dims for outputs; the sums are those of softmax.cpp. A weight that is
 // masked there is zero and leaves a sum as it is; here it is left out.
+#include "replay.h"
 #include "softmax.h"
 
 using namespace cispo;
@@ -150,3 +151,5 @@ void cispo_softmax_decode(const float* qkv, const float* rotary, int64_t sequenc
   }
 }
 }
+
+CISPO_REPLAY(softmax_decode)

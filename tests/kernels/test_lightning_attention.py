@@ -238,3 +238,28 @@ def test_the_twin_takes_bfloat16() -> None:
     out = lightning_attention(qkv, decays(SLOPES_H), grid_of([70]))
     assert out.dtype == torch.float32
     assert_close(out, recurrence(qkv.double(), SLOPES_H, [70]), tolerance=2e-2)
+
+
+@pytest.mark.parametrize("is_twin", [False, True])
+@pytest.mark.parametrize("pieces", [[1] * 5, [7, 57, 1], [64, 64], [70, 1, 130], [3, 300]])
+def test_pieces_are_bitwise_equal_to_one_shot(pieces: list[int], is_twin: bool, use_twin: OnTwin) -> None:
+    """Each piece goes on from the caches that the ones before it left, beside a sequence that is at another place."""
+    if is_twin:
+        use_twin()
+    slopes, slots = decays(SLOPES_H), torch.tensor([2, 0])
+    lengths = [sum(pieces), sum(pieces) + 37]
+    sequences = [projections(length, 32, seed) for seed, length in enumerate(lengths)]
+    wanted = lightning_attention(torch.cat(sequences), slopes, grid_of(lengths)).split(lengths)
+    caches = new_caches(3, 32)
+    out: list[list[Tensor]] = [[], []]
+    done = [0, 0]
+    for index, piece in enumerate(pieces):
+        taken = [piece, piece + (37 if index == 0 else 0)]
+        spans = [slice(start, start + length) for start, length in zip(done, taken, strict=True)]
+        qkv = torch.cat([sequence[span] for sequence, span in zip(sequences, spans, strict=True)])
+        grid = chunk_grid(taken, torch.device("cpu"), done)
+        rows = lightning_prefill(qkv, slopes, grid, slots, *caches).split(taken)
+        done = [start + length for start, length in zip(done, taken, strict=True)]
+        for place, new in enumerate(rows):
+            out[place].append(new)
+    assert all(torch.equal(torch.cat(rows), expected) for rows, expected in zip(out, wanted, strict=True))

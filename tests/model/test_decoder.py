@@ -62,8 +62,8 @@ def test_prefill_and_decode_are_bitwise_equal_to_one_forward(decoder: Decoder) -
     ]
     expected = decoder(*packed(sequences)).split([len(sequence) for sequence in sequences])
     cache = decoder.new_cache(capacity=len(sequences), max_tokens=400)
-    target = cache.admit(range(len(sequences)), prompts)
-    prefilled = decoder(*packed([s[:p] for s, p in zip(sequences, prompts, strict=True)]), cache, target).split(prompts)
+    target = cache.extend(range(len(sequences)), prompts)
+    prefilled = decoder(*packed([s[:p] for s, p in zip(sequences, prompts, strict=True)]), target).split(prompts)
     for rows, wanted, prompt in zip(prefilled, expected, prompts, strict=True):
         assert torch.equal(rows, wanted[:prompt])
     compared = 0
@@ -84,7 +84,7 @@ def test_prefill_and_decode_are_bitwise_equal_to_one_forward(decoder: Decoder) -
 def test_a_fork_goes_on_as_its_source_would(decoder: Decoder) -> None:
     prompt = random_sequences(decoder)[6][:70]
     cache = decoder.new_cache(capacity=8, max_tokens=192)
-    decoder(*packed([prompt]), cache, cache.admit([0], [len(prompt)]))
+    decoder(*packed([prompt]), cache.extend([0], [len(prompt)]))
     cache.fork(0, range(1, 5))
     generator = torch.Generator().manual_seed(1)
     continuations = torch.randint(0, decoder.config.vocabulary_size, (5, 70), generator=generator)
