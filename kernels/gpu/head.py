@@ -9,7 +9,8 @@ Its float32 logits are made in blocks behind them, in the same buffer: each bloc
 as dlogits fill it, and the whole takes little more than dlogits alone. After the last block the host asks how many rows
 are left (the one wait of a span), and the products run on those.
 
-A row's logprob depends on its logits alone: one kernel, one layout, one order of sums, in learner and sampling.
+A row's logprob depends on its logits alone: one kernel, one layout, one order of sums, in learner and sampling. Its
+logits depend on its hidden state alone when they come from cispo.kernels.gpu.product, as here and in sampling.
 
 N rows, V vocabulary, D model width, C rows of one block, S rows of one span.
 """
@@ -23,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cispo.kernels.gpu.build import Build
-from cispo.kernels.gpu.product import library_serves, product
+from cispo.kernels.gpu.product import product_into
+from cispo.kernels.product import product
 
 SPAN_ROWS = 8192
 SPARE_ROWS = 512
@@ -37,12 +39,12 @@ _LOWEST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def _statistics_kernel(
-    logits_NV, targets_N, temperature_N, logprob_N, entropy_N, lse_N, V, temperature_stride, BLOCK: tl.constexpr
+    logits_NV, targets_N, temperature_N, logprob_N, entropy_N, lse_N, V, BLOCK: tl.constexpr
 ):
     """Logprob of the target, entropy and log-sum-exp of one row at its temperature. A target outside V gives NaN."""
     row = tl.program_id(0).to(tl.int64)
     logits_V = logits_NV + row * V
-    temperature = tl.load(temperature_N + row * temperature_stride)
+    temperature = tl.load(temperature_N + row)
     at = tl.arange(0, BLOCK)
     high = tl.full((), _LOWEST, tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
@@ -71,7 +73,7 @@ def _statistics_kernel(
     tl.store(lse_N + row, high + log_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "C"])
 def _settle_kernel(coefficient_C, logprob_C, loss, used, place_C, row_S, first_row, C, BLOCK: tl.constexpr):
     """Subtract the block's share from the loss; give rows with a coefficient the next places, and the others -1.
 
@@ -96,7 +98,7 @@ def _settle_kernel(coefficient_C, logprob_C, loss, used, place_C, row_S, first_r
 
 @triton.jit
 def _dlogits_kernel(
-    logits_CV, targets_C, temperature_1, lse_C, coefficient_C, place_C, dlogits_SV, V, dlogits_stride,
+    logits_CV, targets_C, temperature_C, lse_C, coefficient_C, place_C, dlogits_SV, V, dlogits_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """-coefficient (1[v = target] - p_v) / temperature of some columns of one row, into the row's place."""
@@ -104,7 +106,7 @@ def _dlogits_kernel(
     place = tl.load(place_C + row).to(tl.int64)
     if place < 0:
         return
-    temperature = tl.load(temperature_1)
+    temperature = tl.load(temperature_C + row)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits_CV + row * V + at, mask=at < V, other=0.0)
     if temperature != 1.0:
@@ -120,7 +122,7 @@ _STATISTICS = Build(
     kernel=_statistics_kernel,
     types={
         "logits_NV": "*fp32", "targets_N": "*i64", "temperature_N": "*fp32", "logprob_N": "*fp32",
-        "entropy_N": "*fp32", "lse_N": "*fp32", "V": "i32", "temperature_stride": "i32",
+        "entropy_N": "*fp32", "lse_N": "*fp32", "V": "i32",
     },
     constants={"BLOCK": 4096},
     num_warps=8,
@@ -144,7 +146,7 @@ _DLOGITS = Build(
     name="head_dlogits",
     kernel=_dlogits_kernel,
     types={
-        "logits_CV": "*fp32", "targets_C": "*i64", "temperature_1": "*fp32", "lse_C": "*fp32",
+        "logits_CV": "*fp32", "targets_C": "*i64", "temperature_C": "*fp32", "lse_C": "*fp32",
         "coefficient_C": "*fp32", "place_C": "*i32", "dlogits_SV": "*bf16", "V": "i32", "dlogits_stride": "i32",
     },
     constants={"BLOCK": 4096},
@@ -156,24 +158,30 @@ _DLOGITS = Build(
 BUILDS = [_STATISTICS, _SETTLE, _DLOGITS]
 
 
+_DTYPES = (torch.bfloat16, torch.float32)
+
+
 def _launch(build: Build, grid: tuple[int, ...], *arguments: Any) -> None:
     build.kernel[grid](*arguments, **build.constants, num_warps=build.num_warps, num_stages=build.num_stages)
 
 
 def serves(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
-    """Whether these kernels take this head: both of one dtype, bfloat16 or float32, on CUDA."""
-    return hidden_ND.is_cuda and hidden_ND.dtype is weight_VD.dtype and hidden_ND.dtype in _ITEM_TYPES
+    """Whether these kernels take this head: on CUDA, both in bfloat16 or both in float32."""
+    return hidden_ND.is_cuda and hidden_ND.dtype is weight_VD.dtype and hidden_ND.dtype in _DTYPES
 
 
-_ITEM_TYPES = (torch.bfloat16, torch.float32)
+def _logits_into(logits_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
+    if hidden_ND.dtype is torch.float32:
+        logits_NV.copy_(product(hidden_ND, weight_VD))
+    else:
+        product_into(logits_NV, hidden_ND, weight_VD)
 
 
 def _statistics(logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor, *out_N: Tensor) -> None:
-    """Logprob, entropy and log-sum-exp of contiguous rows. temperature_N: one for all rows, or one a row."""
+    """Logprob, entropy and log-sum-exp of contiguous rows."""
     rows, vocabulary = logits_NV.shape
     if rows:
-        stride = 0 if temperature_N.numel() == 1 else 1
-        _launch(_STATISTICS, (rows,), logits_NV, targets_N, temperature_N, *out_N, vocabulary, stride)
+        _launch(_STATISTICS, (rows,), logits_NV, targets_N, temperature_N, *out_N, vocabulary)
 
 
 def row_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor | None = None) -> Tensor:
@@ -181,25 +189,26 @@ def row_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor | N
 
     targets_N: int64. temperature_N: float32, > 0, divides each row's logits; None is 1.
     """
-    if temperature_N is None:
-        temperature_N = logits_NV.new_ones(1)
-    logprob_N, entropy_N, lse_N = logits_NV.new_empty(3, logits_NV.shape[0]).unbind(0)
-    outputs = (logprob_N, entropy_N, lse_N)
-    _statistics(logits_NV.contiguous(), targets_N.contiguous(), temperature_N.contiguous(), *outputs)
+    rows = logits_NV.shape[0]
+    temperature_N = logits_NV.new_ones(rows) if temperature_N is None else temperature_N.contiguous()
+    logprob_N, entropy_N, lse_N = logits_NV.new_empty(3, rows).unbind(0)
+    _statistics(logits_NV.contiguous(), targets_N.contiguous(), temperature_N, logprob_N, entropy_N, lse_N)
     return logprob_N
 
 
 def head_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """As cispo.kernels.head_loss.head_logprobs."""
+    """As cispo.kernels.head_loss.head_logprobs; NaN for a target outside the vocabulary."""
     rows, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
     targets_N = targets_N.contiguous()
-    temperature_1 = hidden_ND.new_full((1,), temperature, dtype=torch.float32)
+    temperature_N = hidden_ND.new_full((rows,), temperature, dtype=torch.float32)
     logprob_N, entropy_N, lse_N = hidden_ND.new_empty(3, rows, dtype=torch.float32).unbind(0)
     step = _whole_blocks(SCORE_BYTES // (4 * vocabulary))
     for start in range(0, rows, step):
         block = slice(start, start + step)
-        logits_CV = product(hidden_ND[block], weight_VD, torch.float32)
-        _statistics(logits_CV, targets_N[block], temperature_1, logprob_N[block], entropy_N[block], lse_N[block])
+        logits_CV = logprob_N.new_empty(logprob_N[block].shape[0], vocabulary)
+        _logits_into(logits_CV, hidden_ND[block], weight_VD)
+        outputs = (logprob_N[block], entropy_N[block], lse_N[block])
+        _statistics(logits_CV, targets_N[block], temperature_N[block], *outputs)
         del logits_CV
     return logprob_N, entropy_N
 
@@ -236,12 +245,17 @@ class _Span:
         whole = self._buffer[: self.rows * self._row_bytes].view(self.dtype)
         return whole.view(self.rows, self.stride)[:, : self.vocabulary]
 
+    def settle(self, first_row: int, coefficient_C: Tensor, logprob_C: Tensor, loss: Tensor) -> Tensor:
+        """Take a block's share from the loss; the place of each of its rows, -1 where the coefficient is 0."""
+        place_C = torch.empty_like(coefficient_C, dtype=torch.int32)
+        outputs = (loss, self.used, place_C, self.row_S)
+        _launch(_SETTLE, (1,), coefficient_C, logprob_C, *outputs, first_row, place_C.shape[0])
+        return place_C
 
-def _logits_into(out_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
-    if hidden_CD.dtype is not torch.float32 and library_serves(hidden_CD.shape[0], weight_VD, torch.float32):
-        torch.mm(hidden_CD, weight_VD.t(), out_dtype=torch.float32, out=out_CV)
-    else:
-        out_CV.copy_(product(hidden_CD, weight_VD, torch.float32))
+    def differentiate(self, logits_CV: Tensor, *of_rows_C: Tensor) -> None:
+        """Dlogits of a block into its rows' places. of_rows_C: target, temperature, log-sum-exp, coefficient, place."""
+        grid = (logits_CV.shape[0], triton.cdiv(self.vocabulary, _DLOGITS.constants["BLOCK"]))
+        _launch(_DLOGITS, grid, logits_CV, *of_rows_C, self.dlogits(), self.vocabulary, self.stride)
 
 
 class _HeadPolicyLoss(torch.autograd.Function):
@@ -257,7 +271,7 @@ class _HeadPolicyLoss(torch.autograd.Function):
         temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden_ND.shape[0]
-        temperature_1 = hidden_ND.new_full((1,), temperature, dtype=torch.float32)
+        temperature_N = hidden_ND.new_full((rows,), temperature, dtype=torch.float32)
         logprob_N, entropy_N, lse_N = hidden_ND.new_empty(3, rows, dtype=torch.float32).unbind(0)
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         gradient = _Gradient(hidden_ND, weight_VD)
@@ -265,14 +279,13 @@ class _HeadPolicyLoss(torch.autograd.Function):
             span = _Span(stop - start, weight_VD.shape[0], hidden_ND)
             for block, logits_CV in span.blocks():
                 here = slice(start + block.start, start + block.stop)
-                outputs = (logprob_N[here], entropy_N[here], lse_N[here])
+                inputs = (logits_CV, targets_N[here], temperature_N[here])
                 _logits_into(logits_CV, hidden_ND[here], weight_VD)
-                _statistics(logits_CV, targets_N[here], temperature_1, *outputs)
+                _statistics(*inputs, logprob_N[here], entropy_N[here], lse_N[here])
                 coefficient_C = coefficients(logprob_N[here], here).to(torch.float32).contiguous()
-                _settle_and_differentiate(
-                    span, block, logits_CV, targets_N[here], temperature_1, logprob_N[here], lse_N[here], coefficient_C, loss
-                )
-                del logits_CV
+                place_C = span.settle(block.start, coefficient_C, logprob_N[here], loss)
+                span.differentiate(*inputs, lse_N[here], coefficient_C, place_C)
+                del logits_CV, inputs
             gradient.add(span, start)
             del span
         ctx.save_for_backward(gradient.dhidden_ND, gradient.dweight())
@@ -286,25 +299,6 @@ class _HeadPolicyLoss(torch.autograd.Function):
         if float(gradients[0]) != 1.0:
             dhidden_ND, dweight_VD = dhidden_ND * gradients[0], dweight_VD * gradients[0]
         return dhidden_ND, dweight_VD, None, None, None
-
-
-def _settle_and_differentiate(
-    span: _Span,
-    block: slice,
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    temperature_1: Tensor,
-    logprob_C: Tensor,
-    lse_C: Tensor,
-    coefficient_C: Tensor,
-    loss: Tensor,
-) -> None:
-    rows, vocabulary = logits_CV.shape
-    place_C = torch.empty_like(targets_C, dtype=torch.int32)
-    _launch(_SETTLE, (1,), coefficient_C, logprob_C, loss, span.used, place_C, span.row_S, block.start, rows)
-    grid = (rows, triton.cdiv(vocabulary, _DLOGITS.constants["BLOCK"]))
-    inputs = (logits_CV, targets_C, temperature_1, lse_C, coefficient_C, place_C)
-    _launch(_DLOGITS, grid, *inputs, span.dlogits(), vocabulary, span.stride)
 
 
 def _span_bounds(rows: int) -> Iterator[tuple[int, int]]:

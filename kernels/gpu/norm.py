@@ -30,7 +30,7 @@ def _normed_rows(x_ND, mixed_ND, at, inside, alpha, beta, epsilon, width, IS_RES
     return h, tl.rsqrt(tl.sum(h * h, 1) / width + epsilon)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_kernel(
     x_ND, other_ND, weight_D, out_ND, alpha, beta, epsilon, rows, width, gate_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, IS_RESIDUAL: tl.constexpr, IS_GATED: tl.constexpr,
@@ -48,36 +48,46 @@ def _norm_kernel(
     tl.store(out_ND + at, out.to(out_ND.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _norm_gradient_kernel(
     dout_ND, x_ND, other_ND, weight_D, dx_ND, dother_ND, dweight_PD, alpha, beta, epsilon, rows, width, gate_stride,
     dgate_stride, tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr, IS_RESIDUAL: tl.constexpr, IS_GATED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` times ROWS rows, in order, and their share of the weight's gradient."""
+    """`tiles` times ROWS rows, in order, and their share of the weight's gradient; STAGES tiles are on their way.
+
+    With u = dunit h summed over D, dh = scale (dunit - h scale^2 u / D): both sums of a row are one wait.
+    """
     at_d = tl.arange(0, BLOCK)
     weight = tl.load(weight_D + at_d, mask=at_d < width, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     first = tl.program_id(0).to(tl.int64) * tiles * ROWS
-    for tile in range(0, tiles):
+    for tile in tl.range(0, tiles, num_stages=STAGES):
         at_n = first + tile * ROWS + tl.arange(0, ROWS)
         at = at_n[:, None] * width + at_d[None, :]
         inside = (at_n[:, None] < rows) & (at_d[None, :] < width)
-        h, scale = _normed_rows(x_ND, other_ND, at, inside, alpha, beta, epsilon, width, IS_RESIDUAL)
+        h = tl.load(x_ND + at, mask=inside, other=0.0).to(tl.float32)
         dout = tl.load(dout_ND + at, mask=inside, other=0.0).to(tl.float32)
-        unit = h * scale[:, None]
+        if IS_RESIDUAL:
+            h = h * alpha + tl.load(other_ND + at, mask=inside, other=0.0).to(tl.float32) * beta
         if IS_GATED:
             at_gate = at_n[:, None] * gate_stride + at_d[None, :]
             gate = 1.0 / (1.0 + tl.exp(-tl.load(other_ND + at_gate, mask=inside, other=0.0).to(tl.float32)))
-            dgate = dout * unit * weight * gate * (1.0 - gate)
-            at_dgate = at_n[:, None] * dgate_stride + at_d[None, :]
-            tl.store(dother_ND + at_dgate, dgate.to(dother_ND.dtype.element_ty), mask=inside)
+            ungated = dout * (1.0 - gate)
             dout *= gate
-        dweight += dout * unit
         dunit = dout * weight
-        dh = (dunit - unit * (tl.sum(dunit * unit, 1) / width)[:, None]) * scale[:, None]
+        scale = tl.rsqrt(tl.sum(h * h, 1) / width + epsilon)
+        along = tl.sum(dunit * h, 1) / width * scale * scale
+        unit = h * scale[:, None]
+        dweight += dout * unit
+        dh = (dunit - h * along[:, None]) * scale[:, None]
         tl.store(dx_ND + at, (dh * alpha).to(dx_ND.dtype.element_ty), mask=inside)
         if IS_RESIDUAL:
             tl.store(dother_ND + at, (dh * beta).to(dother_ND.dtype.element_ty), mask=inside)
+        if IS_GATED:
+            at_dgate = at_n[:, None] * dgate_stride + at_d[None, :]
+            dgate = ungated * unit * weight * gate
+            tl.store(dother_ND + at_dgate, dgate.to(dother_ND.dtype.element_ty), mask=inside)
     share = dweight_PD + tl.program_id(0) * width + at_d
     tl.store(share, tl.sum(dweight, 0), mask=at_d < width)
 
@@ -94,7 +104,7 @@ def _warps(block: int) -> int:
     return max(4, min(16, block // 512))
 
 
-def _builds(kernel: Any, name: str, pointers: tuple[str, ...]) -> dict[tuple[str, int], Build]:
+def _builds(kernel: Any, name: str, pointers: tuple[str, ...], **extra: int) -> dict[tuple[str, int], Build]:
     scalars = {name: "fp32" if name in ("alpha", "beta", "epsilon") else "i32" for name in _SCALARS}
     types = {pointer: "*fp32" if pointer == "dweight_PD" else "*bf16" for pointer in pointers} | scalars
     types = {argument: types[argument] for argument in kernel.arg_names if argument in types}
@@ -105,6 +115,7 @@ def _builds(kernel: Any, name: str, pointers: tuple[str, ...]) -> dict[tuple[str
             types=types,
             constants={
                 "ROWS": _tile_rows(block), "BLOCK": block, "IS_RESIDUAL": is_residual, "IS_GATED": is_gated,
+                **extra,
             },
             num_warps=_warps(block),
             num_stages=1,
@@ -122,6 +133,7 @@ _BACKWARD = _builds(
     _norm_gradient_kernel,
     "norm_gradient",
     ("dout_ND", "x_ND", "other_ND", "weight_D", "dx_ND", "dother_ND", "dweight_PD"),
+    STAGES=2,
 )
 BUILDS = [*_FORWARD.values(), *_BACKWARD.values()]
 
