@@ -7,8 +7,8 @@ logits:
     loss = -sum_n c_n logprob_n        dloss/dlogit_nv = -c_n (1[v = target_n] - p_nv) / temperature
 
 Logits and everything after them are float32. Rows are computed in blocks; a row's values do not depend on its block.
-On CPU cispo.kernels.head_cpu does all of that in float32, on CUDA cispo.kernels.gpu.head; sampling takes its logprobs from
-the same places.
+On CPU cispo.kernels.head_cpu does all of that in float32, on CUDA cispo.kernels.gpu.head; sampling takes its logprobs
+from the same places.
 
 N rows, V vocabulary, D model width, C rows of one block.
 """

@@ -16,6 +16,7 @@ N rows, V vocabulary, D model width, C rows of one block, S rows of one span.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,9 +39,7 @@ _LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def _statistics_kernel(
-    logits_NV, targets_N, temperature_N, logprob_N, entropy_N, lse_N, V, BLOCK: tl.constexpr
-):
+def _statistics_kernel(logits_NV, targets_N, temperature_N, logprob_N, entropy_N, lse_N, V, BLOCK: tl.constexpr):
     """Logprob of the target, entropy and log-sum-exp of one row at its temperature. A target outside V gives NaN."""
     row = tl.program_id(0).to(tl.int64)
     logits_V = logits_NV + row * V
@@ -304,7 +303,7 @@ class _HeadPolicyLoss(torch.autograd.Function):
 def _span_bounds(rows: int) -> Iterator[tuple[int, int]]:
     spans = max(-(-rows // SPAN_ROWS), 1)
     bounds = [rows * index // spans for index in range(spans + 1)]
-    return zip(bounds, bounds[1:], strict=False)
+    return pairwise(bounds)
 
 
 class _Gradient:

@@ -1,4 +1,4 @@
-"""The norms on CUDA: RMSNorm of rows, of alpha x + beta mixed, and behind a sigmoid gate; one pass over memory each way.
+"""The norms on CUDA: RMSNorm of rows, of alpha x + beta mixed, and behind a sigmoid gate; each way one pass.
 
 Everything between loads and stores is float32, and rounded once, at the store. Backward passes read the inputs again:
 nothing is saved but them. A weight's gradient is a sum over blocks of rows, each summed by one program in order, and

@@ -29,7 +29,7 @@ _PROBE_BYTES = 1 << 29
 def _product_kernel(
     x_NK, w_MK, out_NM, rows, outputs, inner, x_stride, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
 ):
-    """One tile [BN rows, BM outputs]; K in order, in one accumulator. Programs that share a weight tile are neighbours."""
+    """One tile [BN rows, BM outputs], K in order in one accumulator; programs that share weights are neighbours."""
     at_n = tl.program_id(0) * BN + tl.arange(0, BN)
     at_m = tl.program_id(1) * BM + tl.arange(0, BM)
     at_k = tl.arange(0, BK)
