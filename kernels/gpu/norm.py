@@ -7,7 +7,7 @@ then over the blocks: no atomics.
 N rows, D width, P programs of a backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cispo.kernels.gpu.build import Build
 
-BACKWARD_PROGRAMS = 512
+BACKWARD_PROGRAMS = 264
 MAX_WIDTH = 8192
 
 
@@ -92,19 +92,29 @@ def _norm_gradient_kernel(
     tl.store(share, tl.sum(dweight, 0), mask=at_d < width)
 
 
+@triton.jit(do_not_specialize=["programs"])
+def _sum_kernel(share_PD, total_D, programs, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns summed over the programs' shares, in one order."""
+    at_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at_p = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for first in range(0, programs, ROWS):
+        inside = (at_p[:, None] < programs - first) & (at_d[None, :] < width)
+        total += tl.load(share_PD + (first + at_p)[:, None] * width + at_d[None, :], mask=inside, other=0.0)
+    tl.store(total_D + at_d, tl.sum(total, 0).to(total_D.dtype.element_ty), mask=at_d < width)
+
+
 _KINDS = {"rms": (False, False), "residual": (True, False), "gated": (False, True)}
-_WIDTHS = (128, 1024, 2048, 4096, 8192)
 
 
-def _tile_rows(block: int) -> int:
-    return max(2048 // block, 1)
+_FORWARD_TILES = {128: (16, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)}
+_BACKWARD_TILES = {128: (16, 4), 1024: (2, 4), 2048: (2, 4), 4096: (1, 4), 8192: (1, 8)}
+"""Rows of a tile and warps, by the least of these widths that holds a row."""
 
 
-def _warps(block: int) -> int:
-    return max(4, min(16, block // 512))
-
-
-def _builds(kernel: Any, name: str, pointers: tuple[str, ...], **extra: int) -> dict[tuple[str, int], Build]:
+def _builds(
+    kernel: Any, name: str, pointers: tuple[str, ...], tiles: Mapping[int, tuple[int, int]], **extra: int
+) -> dict[tuple[str, int], Build]:
     scalars = {name: "fp32" if name in ("alpha", "beta", "epsilon") else "i32" for name in _SCALARS}
     types = {pointer: "*fp32" if pointer == "dweight_PD" else "*bf16" for pointer in pointers} | scalars
     types = {argument: types[argument] for argument in kernel.arg_names if argument in types}
@@ -114,28 +124,39 @@ def _builds(kernel: Any, name: str, pointers: tuple[str, ...], **extra: int) -> 
             kernel=kernel,
             types=types,
             constants={
-                "ROWS": _tile_rows(block), "BLOCK": block, "IS_RESIDUAL": is_residual, "IS_GATED": is_gated,
+                "ROWS": rows, "BLOCK": block, "IS_RESIDUAL": is_residual, "IS_GATED": is_gated,
                 **extra,
             },
-            num_warps=_warps(block),
+            num_warps=warps,
             num_stages=1,
             has_products=False,
             aligned=("width", "gate_stride", "dgate_stride"),
         )
         for kind, (is_residual, is_gated) in _KINDS.items()
-        for block in _WIDTHS
+        for block, (rows, warps) in tiles.items()
     }  # fmt: skip
 
 
 _SCALARS = ("alpha", "beta", "epsilon", "rows", "width", "gate_stride", "dgate_stride", "tiles")
-_FORWARD = _builds(_norm_kernel, "norm", ("x_ND", "other_ND", "weight_D", "out_ND"))
+_FORWARD = _builds(_norm_kernel, "norm", ("x_ND", "other_ND", "weight_D", "out_ND"), _FORWARD_TILES)
 _BACKWARD = _builds(
     _norm_gradient_kernel,
     "norm_gradient",
     ("dout_ND", "x_ND", "other_ND", "weight_D", "dx_ND", "dother_ND", "dweight_PD"),
-    STAGES=2,
+    _BACKWARD_TILES,
+    STAGES=3,
 )
-BUILDS = [*_FORWARD.values(), *_BACKWARD.values()]
+_SUM = Build(
+    name="norm_weight_gradient",
+    kernel=_sum_kernel,
+    types={"share_PD": "*fp32", "total_D": "*bf16", "programs": "i32", "width": "i32"},
+    constants={"ROWS": 64, "BLOCK": 32},
+    num_warps=8,
+    num_stages=1,
+    has_products=False,
+    aligned=("width",),
+)
+BUILDS = [*_FORWARD.values(), *_BACKWARD.values(), _SUM]
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -148,7 +169,7 @@ def _contiguous(x: Tensor) -> Tensor:
 
 
 def _block(width: int) -> int:
-    return next(block for block in _WIDTHS if block >= width)
+    return next(block for block in _FORWARD_TILES if block >= width)
 
 
 def _run(
@@ -191,7 +212,11 @@ def _run_gradient(
         other_ND.stride(0), dother_ND.stride(0), tiles_each, **build.constants, num_warps=build.num_warps,
         num_stages=build.num_stages,
     )  # fmt: skip
-    return dx_ND, dweight_PD.sum(0).to(weight_D.dtype)
+    dweight_D = torch.empty_like(weight_D)
+    _sum_kernel[(triton.cdiv(width, _SUM.constants["BLOCK"]),)](
+        dweight_PD, dweight_D, programs, width, **_SUM.constants, num_warps=_SUM.num_warps, num_stages=_SUM.num_stages
+    )
+    return dx_ND, dweight_D
 
 
 class _ResidualNorm(torch.autograd.Function):

@@ -33,11 +33,12 @@ def _product_kernel(
     at_n = tl.program_id(0) * BN + tl.arange(0, BN)
     at_m = tl.program_id(1) * BM + tl.arange(0, BM)
     at_k = tl.arange(0, BK)
-    x_tile = x_NK + (at_n % rows).to(tl.int64)[:, None] * x_stride + at_k[None, :]
+    # Rows beyond the last are not read: copies of another in their place would all come from the same few lines of L2.
+    x_tile = x_NK + at_n.to(tl.int64)[:, None] * x_stride + at_k[None, :]
     w_tile = w_MK + (at_m % outputs).to(tl.int64)[None, :] * inner + at_k[:, None]
     total = tl.zeros((BN, BM), dtype=tl.float32)
     for start in range(0, inner, BK):
-        x = tl.load(x_tile, mask=at_k[None, :] < inner - start, other=0.0)
+        x = tl.load(x_tile, mask=(at_n[:, None] < rows) & (at_k[None, :] < inner - start), other=0.0)
         w = tl.load(w_tile, mask=at_k[:, None] < inner - start, other=0.0)
         total = tl.dot(x, w, total)
         x_tile += BK
@@ -63,10 +64,20 @@ def _build(name: str, bn: int, bm: int, bk: int, warps: int, stages: int, out: s
     )  # fmt: skip
 
 
-_TILES = {16: (16, 16, 256, 2, 3), 64: (64, 32, 128, 4, 5), 128: (128, 64, 64, 4, 6), 0: (128, 128, 64, 8, 4)}
-"""Most rows, 0 for any number of them: rows, outputs and K of a tile, warps, stages."""
+_TILES = {
+    (16, 0): (16, 16, 256, 2, 3),
+    (64, 0): (64, 16, 128, 4, 5),
+    (64, 4096): (64, 64, 128, 4, 5),
+    (128, 0): (128, 64, 64, 4, 6),
+    (1 << 31, 0): (128, 128, 64, 8, 4),
+}
+"""Most rows and least outputs: rows, outputs and K of a tile, warps, stages. The last that fits of the fewest rows."""
 
-_BUILDS = {(most, out): _build(f"{most}_rows", *tile, out) for most, tile in _TILES.items() for out in ("bf16", "fp32")}
+_BUILDS = {
+    (fits, out): _build("x".join(map(str, tile[:3])), *tile, out)
+    for fits, tile in _TILES.items()
+    for out in ("bf16", "fp32")
+}
 BUILDS = list(_BUILDS.values())
 
 _library_least_rows: dict[tuple[Any, ...], int | None] = {}
@@ -76,8 +87,9 @@ def kernel_product(x_NK: Tensor, weight_MK: Tensor, out_NM: Tensor) -> None:
     """x W^T by our kernel. x: columns contiguous. weight, out: contiguous."""
     (rows, inner), outputs = x_NK.shape, weight_MK.shape[0]
     if rows:
-        most = next((most for most in _TILES if rows <= most), 0)
-        build = _BUILDS[most, "fp32" if out_NM.dtype is torch.float32 else "bf16"]
+        most = next(most for most, _ in _TILES if rows <= most)
+        least = max(least for row_limit, least in _TILES if row_limit == most and outputs >= least)
+        build = _BUILDS[(most, least), "fp32" if out_NM.dtype is torch.float32 else "bf16"]
         grid = (triton.cdiv(rows, build.constants["BN"]), triton.cdiv(outputs, build.constants["BM"]))
         _product_kernel[grid](
             x_NK, weight_MK, out_NM, rows, outputs, inner, x_NK.stride(0), **build.constants,
