@@ -73,7 +73,6 @@ def _norm_gradient_kernel(
         if IS_GATED:
             at_gate = at_n[:, None] * gate_stride + at_d[None, :]
             gate = 1.0 / (1.0 + tl.exp(-tl.load(other_ND + at_gate, mask=inside, other=0.0).to(tl.float32)))
-            ungated = dout * (1.0 - gate)
             dout *= gate
         dunit = dout * weight
         scale = tl.rsqrt(tl.sum(h * h, 1) / width + epsilon)
@@ -86,7 +85,7 @@ def _norm_gradient_kernel(
             tl.store(dother_ND + at, (dh * beta).to(dother_ND.dtype.element_ty), mask=inside)
         if IS_GATED:
             at_dgate = at_n[:, None] * dgate_stride + at_d[None, :]
-            dgate = ungated * unit * weight * gate
+            dgate = dunit * unit * (1.0 - gate)
             tl.store(dother_ND + at_dgate, dgate.to(dother_ND.dtype.element_ty), mask=inside)
     share = dweight_PD + tl.program_id(0) * width + at_d
     tl.store(share, tl.sum(dweight, 0), mask=at_d < width)
