@@ -69,7 +69,7 @@ _TILES = {
     (64, 0): (64, 16, 128, 4, 5),
     (64, 4096): (64, 64, 128, 4, 5),
     (128, 0): (128, 64, 64, 4, 6),
-    (1 << 31, 0): (128, 128, 64, 8, 4),
+    (1 << 31, 0): (128, 128, 64, 4, 4),
 }
 """Most rows and least outputs: rows, outputs and K of a tile, warps, stages. The last that fits of the fewest rows."""
 
