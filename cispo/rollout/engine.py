@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cispo.kernels.head_loss import head_logits
 from cispo.model.decoder import Decoder
-from cispo.model.routing import ExpertRecord, RoutingControl
+from cispo.model.routing import ExpertRecord, RoutingControl, RoutingLog
 from cispo.model.tokenizer import Tokenizer
 from cispo.rollout.decode_step import DecodeStepper, Ids, Logprobs
 from cispo.rollout.sampling import noise_key, sample_tokens, uniforms
@@ -36,15 +36,19 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True)
 class GroupRequest:
-    """A prompt to sample group_size completions of, at a temperature > 0.
+    """A prompt to sample group_size completions of, at a temperature; 0 takes the likeliest token each time.
 
-    stream: separates the noise of passes over the same prompt.
+    stream: separates the noise of passes over the same prompt. expert_threshold: in [0, 1), a token's experts with less
+    of the gate weight are dropped (see `RoutingControl`). log_sequence: the number of this group in the engine's
+    routing log.
     """
 
     prompt: Prompt
     group_size: int
     temperature: float
     stream: str
+    expert_threshold: float = 0.0
+    log_sequence: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -62,7 +66,7 @@ class Engine:
 
     max_concurrent_completions bounds the sequences decoded together, max_prompt_tokens the length of a prompt; both fix
     the cache's memory. records_experts: keep in the rollouts which experts every token went to, for the learner to take
-    again. Not safe to use from two threads at once.
+    again. routing_log: filled with what the routers decide, by group. Not safe to use from two threads at once.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Engine:
         max_concurrent_completions: int,
         max_prompt_tokens: int,
         records_experts: bool = False,
+        routing_log: RoutingLog | None = None,
     ) -> None:
         self.decoder, self.tokenizer, self.settings = decoder, tokenizer, settings
         self.policy_version = 0
@@ -96,14 +101,17 @@ class Engine:
         self._temperature_S = np.ones(slots, np.float32)
         self._sampled_S = np.zeros(slots, np.int64)
         self._last_id_S = np.zeros(slots, np.int64)
+        self._threshold_S = np.zeros(slots, np.float32)
+        self._log_sequence_S = np.zeros(slots, np.int64)
         self._per_slot: tuple[npt.NDArray[Any], ...] = (
             self._completion_index_S, self._key_S, self._temperature_S, self._sampled_S, self._last_id_S,
+            self._threshold_S, self._log_sequence_S,
         )  # fmt: skip
         self._ids_ST = np.zeros((slots, limit), np.int32)
         self._logprobs_ST = np.zeros((slots, limit), np.float32)
         self._versions_ST = np.zeros((slots, limit), np.int32)
         self._record = ExpertRecord(decoder.config) if records_experts else None
-        self._routing = RoutingControl(record=self._record) if self._record else None
+        self._routing_log = routing_log
         self._experts_STLK = self._record.room(slots, limit).numpy() if self._record else None
 
     def submit(self, request: GroupRequest) -> None:
@@ -119,6 +127,12 @@ class Engine:
                 f"prompt {request.prompt.id} has {len(prompt_ids)} tokens, more than max_prompt_tokens "
                 f"{self._max_prompt_tokens}; raise it or shorten the prompt"
             )
+        if request.temperature < 0:
+            raise ValueError(f"temperature is {request.temperature:g}; it must be at least 0")
+        if not 0 <= request.expert_threshold < 1:
+            raise ValueError(f"expert_threshold is {request.expert_threshold:g}; it must be in [0, 1), and 0 is off")
+        if request.expert_threshold and self._record is not None:
+            raise ValueError("no experts can be recorded where an expert_threshold drops some; leave one out")
         self._waiting.append(_Sampling(request, prompt_ids, {}))
 
     @property
@@ -178,7 +192,7 @@ class Engine:
         positions_N = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
         ends_B = torch.tensor(lengths).cumsum(0)
         cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), ends_B)).to(self._device, torch.int32)
-        hidden_ND = self.decoder(ids_N, positions_N, cu_seqlens, target, routing=self._routing)
+        hidden_ND = self.decoder(ids_N, positions_N, cu_seqlens, target, routing=self._routing(sources))
         self._record_prompts(admitted, sources)
         for source, sampling in zip(sources, admitted, strict=True):
             self._cache.fork(source, range(source + 1, source + sampling.request.group_size))
@@ -190,6 +204,18 @@ class Engine:
         temperature_B = torch.from_numpy(self._temperature_S[new]).to(self._device)
         ids_B, logprob_B = sample_tokens(logits_BV.repeat_interleave(sizes, 0), uniform_B, temperature_B)
         return first, ids_B.to("cpu").numpy(), logprob_B.to("cpu").numpy()
+
+    def _routing(self, slots: slice | list[int]) -> RoutingControl | None:
+        """What the routers are told of the sequences in these slots, if anything."""
+        thresholds = self._threshold_S[slots]
+        if self._record is None and self._routing_log is None and not thresholds.any():
+            return None
+        return RoutingControl(
+            expert_thresholds=thresholds.tolist() if thresholds.any() else None,
+            log=self._routing_log,
+            log_sequences=self._log_sequence_S[slots].tolist(),
+            record=self._record,
+        )
 
     def _record_prompts(self, admitted: Sequence[_Sampling], sources: Sequence[int]) -> None:
         """Keep the experts of prompts; those of a prompt's last token go to the first token of each completion."""
@@ -207,12 +233,14 @@ class Engine:
         self._completion_index_S[slot] = completion_index
         self._key_S[slot] = noise_key(self.settings.seed, request.stream, request.prompt.id, completion_index)
         self._temperature_S[slot] = request.temperature
+        self._threshold_S[slot] = request.expert_threshold
+        self._log_sequence_S[slot] = request.log_sequence
         self._sampled_S[slot] = 0
 
     def _decode(self) -> tuple[Ids, Logprobs]:
         every = slice(0, self._active)
         uniform_B = uniforms(self._key_S[every], self._sampled_S[every])
-        sampled = self._stepper.run(self._last_id_S[every], uniform_B, self._temperature_S[every], self._routing)
+        sampled = self._stepper.run(self._last_id_S[every], uniform_B, self._temperature_S[every], self._routing(every))
         if self._record is not None and self._experts_STLK is not None:
             active = self._every_S[every]
             self._experts_STLK[active, self._sampled_S[active]] = self._record.ids_NLK[: self._active].cpu().numpy()

@@ -109,6 +109,11 @@ int64_t blocks(int64_t whole, int64_t part) { return (whole + part - 1) / part; 
 // Rows whose logits a thread keeps in its second-level cache, if they fit there.
 int64_t rows_at_once(int64_t vocabulary) { return vocabulary <= 4096 ? kRowBlock : kTileRows; }
 
+// Where a value first stands in a row; the last place if nowhere (NaN).
+inline int64_t first_equal(const float* row, int64_t n, float value) {
+  return std::min<int64_t>(std::find(row, row + n, value) - row, n - 1);
+}
+
 }  // namespace
 
 extern "C" {
@@ -167,17 +172,19 @@ void cispo_head_gradient(float* weights, const float* totals, const int64_t* tar
 // packed: packed_size(V, D) floats.
 void cispo_pack_head(const float* weight, float* packed, int64_t v, int64_t d) { pack({weight, d, 1}, v, d, packed); }
 
-// temperatures may be null: all 1. Rows of logits lie logits_row apart.
+// temperatures may be null: all 1. A temperature of 0 takes the first of the largest logits, with its logprob at 1. Rows
+// of logits lie logits_row apart.
 void cispo_sample(const float* logits, int64_t logits_row, const float* temperatures, const double* uniforms,
                   int64_t* ids, float* logprobs, int64_t n, int64_t v, int64_t threads) {
   if (n * v < kLogitsForThreads) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < n; ++row) {
     const float* from = logits + row * logits_row;
-    const float temperature = temperatures ? temperatures[row] : 1.0f;
+    const bool is_greedy = temperatures && temperatures[row] == 0.0f;
+    const float temperature = temperatures && !is_greedy ? temperatures[row] : 1.0f;
     float* weights = row_scratch(v);
     const Totals sums = weigh(from, v, temperature, weights);
-    const int64_t id = choose(weights, v, uniforms[row]);
+    const int64_t id = is_greedy ? first_equal(from, v, sums.largest) : choose(weights, v, uniforms[row]);
     ids[row] = id;
     logprobs[row] = sums.logprob(from[id] / temperature);
   }

@@ -111,7 +111,7 @@ def library_serves(rows: int, weight_MK: Tensor, out_dtype: torch.dtype) -> bool
     """
     if not weight_MK.is_cuda:
         return False
-    key = (*weight_MK.shape, out_dtype, weight_MK.device)
+    key = (*weight_MK.shape, weight_MK.dtype, out_dtype, weight_MK.device)
     if key not in _library_least_rows:
         if torch.cuda.is_current_stream_capturing():
             return False
