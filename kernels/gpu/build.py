@@ -58,7 +58,7 @@ class Report:
 
 
 def report(build: Build) -> Report:
-    """Compile for sm_90 and assemble; needs Triton's own ptxas and no GPU."""
+    """Compile for sm_90 and assemble with the ptxas that Triton picks for it; needs no GPU."""
     arguments = build.kernel.arg_names
     types = {name: build.types.get(name, "constexpr") for name in arguments}
     attributes = {
