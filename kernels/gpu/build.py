@@ -43,6 +43,10 @@ class Build:
     has_products: bool
     aligned: tuple[str, ...] = ()
 
+    def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Run the kernel with these settings; arguments: all but the constants, in order."""
+        self.kernel[grid](*arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
