@@ -44,6 +44,7 @@ class Learner:
     decoder: the policy, trained in place. temperature: that of sampling; logprobs on both sides are taken at it.
     max_completion_tokens: the constant of Dr. GRPO unless its settings name one. total_updates: length of the learning
     rate's schedule. reference: a frozen policy for the KL penalty, needed exactly when the objective has one.
+    shares_prompts: whether the completions of a group are packed with their prompt once, which the policies decide.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Learner:
             raise ValueError("a reference policy is needed exactly when kl_coefficient is above 0")
         self.decoder = decoder
         self.policy_version = 0
+        self.shares_prompts = decoder.takes_branches and (reference is None or reference.takes_branches)
         self._reference = reference
         self._objective_settings = objective
         self._objective = build_objective(objective)
@@ -128,7 +130,8 @@ class Learner:
             mixed_sample_weight=getattr(settings, "mixed_sample_weight", None),
             normaliser_tokens=normaliser or self._max_completion_tokens,
         )
-        return pack_micro_batches(sequences, weights, self._settings.tokens_per_micro_batch)
+        budget = self._settings.tokens_per_micro_batch
+        return pack_micro_batches(sequences, weights, budget, shares_prompts=self.shares_prompts)
 
     @torch.no_grad()
     def _scored(self, micro: MicroBatch, record: StepRecord) -> MicroBatch:
@@ -156,7 +159,12 @@ class Learner:
                 raise ValueError("routing_replay needs rollouts with expert ids; sample with records_experts=True")
             routing = RoutingControl(replayed_ids_NLK=micro.expert_ids_NLK)
         hidden_MD: Tensor = decoder(
-            micro.ids_N, micro.positions_N, micro.cu_seqlens, rows_M=micro.rows_M, routing=routing
+            micro.ids_N,
+            micro.positions_N,
+            micro.cu_seqlens,
+            rows_M=micro.rows_M,
+            routing=routing,
+            families=micro.families,
         )
         return hidden_MD
 

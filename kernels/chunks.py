@@ -26,8 +26,8 @@ CHUNK_LENGTH = 64
 class ChunkGrid:
     """Where each packed token lies on the chunk grid. All tensors are int64.
 
-    lengths: tokens of each piece. starts: position of its first token in its sequence, 0 for a whole sequence. families:
-    index of the first piece of each family, and the number of pieces.
+    lengths: tokens of each piece. starts: position of its first token in its sequence, 0 for a whole sequence.
+    families: index of the first piece of each family, and the number of pieces.
     """
 
     lengths: tuple[int, ...]
@@ -152,17 +152,22 @@ def chunk_grid(
 ) -> ChunkGrid:
     """The grid of pieces of these lengths (tokens, each at least 1), packed one after the other.
 
-    starts: the position that each piece starts at; None where all are whole sequences. families: the first piece of each
-    family; None where each piece is one. The first of a family is a whole sequence, which the others start at the end
-    of, so both are not given. Raises ValueError for a piece without tokens: it has no chunk to lie in.
+    starts: the position that each piece starts at; None where all are whole sequences. families: the first piece of
+    each family; None where each piece is one. The first of a family is a whole sequence, which the others start at the
+    end of, so both are not given. Raises ValueError for a piece without tokens (it has no chunk to lie in), and for
+    families that do not begin at increasing pieces from 0.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"every packed sequence needs at least one token, got lengths {lengths[:8]}; drop empty ones")
     count = len(lengths)
     if families is None:
-        return ChunkGrid(tuple(lengths), (0,) * count if starts is None else tuple(starts), device, tuple(range(count + 1)))
+        starts = (0,) * count if starts is None else starts
+        return ChunkGrid(tuple(lengths), tuple(starts), device, tuple(range(count + 1)))
     bounds = (*families, count)
     if starts is not None or bounds[0] != 0 or any(left >= right for left, right in pairwise(bounds)):
-        raise ValueError(f"families start at increasing pieces from 0 to {count - 1}, without starts; got {families[:8]}")
+        raise ValueError(
+            f"families begin at increasing pieces from 0 to {count - 1}, and are not given with starts; "
+            f"got {families[:8]}"
+        )
     branches = ((0, *(lengths[left],) * (right - left - 1)) for left, right in pairwise(bounds))
     return ChunkGrid(tuple(lengths), tuple(chain.from_iterable(branches)), device, bounds)

@@ -125,9 +125,7 @@ class _GatedAttention(torch.autograd.Function):
 
 
 _differentiable_attention: Callable[[Tensor, Tensor, ChunkGrid], Tensor] = _Attention.apply
-_differentiable_gated_attention: Callable[[Tensor, Tensor, float, Tensor, ChunkGrid], Tensor] = (
-    _GatedAttention.apply
-)
+_differentiable_gated_attention: Callable[[Tensor, Tensor, float, Tensor, ChunkGrid], Tensor] = _GatedAttention.apply
 
 
 def attention(qkv_NI: Tensor, table_HT: Tensor, grid: ChunkGrid) -> Tensor:
@@ -138,9 +136,7 @@ def attention(qkv_NI: Tensor, table_HT: Tensor, grid: ChunkGrid) -> Tensor:
     return _attention(qkv_NI, table_HT, grid)
 
 
-def gated_attention(
-    qkv_gate_NK: Tensor, norm_J: Tensor, epsilon: float, table_HT: Tensor, grid: ChunkGrid
-) -> Tensor:
+def gated_attention(qkv_gate_NK: Tensor, norm_J: Tensor, epsilon: float, table_HT: Tensor, grid: ChunkGrid) -> Tensor:
     """sigmoid(gate) rms_norm(attention), float32 [N, J], of the projections of both; `norm_cpu.gated_norm`'s bits."""
     qkv_gate_NK, norm_J = qkv_gate_NK.contiguous(), norm_J.contiguous()
     if torch.is_grad_enabled():

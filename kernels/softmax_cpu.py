@@ -100,9 +100,7 @@ def attention(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, gr
     return _attend(qkv_NX, rotary_N2R, heads, key_heads, grid)
 
 
-def prefill(
-    qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid, pages: Pages
-) -> Tensor:
+def prefill(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid, pages: Pages) -> Tensor:
     """Pieces from position `grid.starts` on against all keys before them in `pages`, where theirs are left too."""
     grid.refuse_branches()
     return _attend(qkv_NX.contiguous(), rotary_N2R.contiguous(), heads, key_heads, grid, pages)

@@ -132,7 +132,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 def empty_sequence(sequence: int, group: int) -> TrainSequence:
     nothing = np.zeros(1, dtype=np.int32)
     return TrainSequence(
-        nothing, nothing.astype(np.bool_), nothing.astype(np.float32), nothing, 0.0, sequence, group, "p"
+        nothing, nothing.astype(np.bool_), nothing.astype(np.float32), nothing, 0.0, sequence, group, "p", 0
     )
 
 

@@ -153,8 +153,8 @@ def test_the_twin_refuses_branches(attention: Attention, columns: int, monkeypat
 
 def test_families_that_fit_no_pieces_are_refused() -> None:
     for families in ([1], [0, 0], [0, 3], []):
-        with pytest.raises(ValueError, match="families start at increasing pieces"):
+        with pytest.raises(ValueError, match="families begin at increasing pieces"):
             chunk_grid([3, 2, 2], CPU, families=families)
-    with pytest.raises(ValueError, match="without starts"):
+    with pytest.raises(ValueError, match="not given with starts"):
         chunk_grid([3, 2, 2], CPU, [0, 3, 3], families=[0])
     assert chunk_grid([3, 2, 2, 9], CPU, families=[0, 3]).starts == (0, 3, 3, 0)
