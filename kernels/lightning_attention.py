@@ -159,13 +159,15 @@ def lightning_attention(qkv_NI: Tensor, slopes: Decays, grid: ChunkGrid) -> Tens
 
     qkv_NI: projections before SiLU, any float dtype; columns of a wider buffer will do. slopes: `decays` of the layer.
     Differentiable in qkv_NI. The result is float32, but bfloat16 from the CUDA kernels: it is rounded next in any case.
+    The CPU kernels take branches too, which go on from their prompt; the others refuse them.
     """
+    if _is_served(qkv_NI, slopes):
+        return lightning_cpu.attention(qkv_NI, slopes.table_HT, grid)
+    grid.refuse_branches()
     if _is_on_cuda(qkv_NI, slopes):
         from cispo.kernels.gpu import lightning_backward
 
         return lightning_backward.attention(qkv_NI, slopes.slopes_H, grid)
-    if _is_served(qkv_NI, slopes):
-        return lightning_cpu.attention(qkv_NI, slopes.table_HT, grid.lengths)
     grids = [grid.scatter(x) for x in _heads(qkv_NI, slopes.table_HT.shape[0])]
     apply: Callable[..., Tensor] = _LightningAttention.apply
     return grid.gather(apply(*grids, grid, slopes)).flatten(1)
@@ -180,7 +182,7 @@ def gated_lightning_attention(
     """
     inner = norm_J.numel()
     if _is_served(qkv_gate_NK[:, : 3 * inner], slopes) and cpu_library.serves(norm_J):
-        return lightning_cpu.gated_attention(qkv_gate_NK, norm_J, epsilon, slopes.table_HT, grid.lengths)
+        return lightning_cpu.gated_attention(qkv_gate_NK, norm_J, epsilon, slopes.table_HT, grid)
     qkv_NI, gate_NJ = qkv_gate_NK.split([3 * inner, inner], dim=1)
     out_NJ = lightning_attention(qkv_NI, slopes, grid).to(qkv_gate_NK.dtype)
     return gated_norm(out_NJ, gate_NJ, norm_J, epsilon)
@@ -202,6 +204,7 @@ def lightning_prefill(
     of the projections. At a multiple of 64 the full last chunk is in the state already and there are no recent rows.
     What the caches hold of rows not yet written means nothing. Not differentiable.
     """
+    grid.refuse_branches()
     caches = (state_SHDD, k_recent_SHDC, v_recent_SHCD)
     if _is_on_cuda(qkv_NI, slopes):
         from cispo.kernels.gpu import lightning_forward
@@ -209,7 +212,7 @@ def lightning_prefill(
         qkv_NI = lightning_forward.silu_rows(qkv_NI)
         return lightning_forward.prefill(qkv_NI, slopes.slopes_H, grid, slot_B, *caches)
     if _is_served(qkv_NI, slopes):
-        return lightning_cpu.prefill(qkv_NI, slopes.table_HT, grid.lengths, grid.starts, slot_B, *caches)
+        return lightning_cpu.prefill(qkv_NI, slopes.table_HT, grid, slot_B, *caches)
     q, k, v = (grid.scatter(x) for x in _heads(qkv_NI, slopes.table_HT.shape[0]))
     state, k_recent, v_recent = (cache.index_select(0, slot_B).float() for cache in caches)
     starts_B = torch.tensor(grid.starts, device=k.device).view(-1, 1, 1, 1)

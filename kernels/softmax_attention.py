@@ -122,6 +122,7 @@ def _on_grid(
     qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [M, K, G*C, D], keys [M, K, D, C] and values [M, K, C, D], rotated and scaled."""
+    grid.refuse_branches()
     q, k, v = _rotated_heads(qkv_NX, rotary_N2R, heads, key_heads)
     q = grid.scatter(q).view(-1, key_heads, heads // key_heads * CHUNK_LENGTH, q.shape[2])
     return q, grid.scatter(k).transpose(2, 3).contiguous(), grid.scatter(v)
@@ -182,11 +183,14 @@ def softmax_attention(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads:
 
     Float32, but in the dtype of qkv_NX where Triton serves it.
 
+    The CPU kernels take branches too: their queries see the keys of their prompt and their own. The others refuse them.
+
     qkv_NX: projections, queries of H heads, then keys and values of K; query head h reads key head h // (H / K).
     rotary_N2R: cosines and sines of each token's position, float32 [N, 2, R / 2]; see `rotate`.
     """
     if softmax_cpu.serves(qkv_NX, rotary_N2R, _head_dim(qkv_NX, heads, key_heads)):
-        return softmax_cpu.attention(qkv_NX, rotary_N2R, heads, key_heads, grid.lengths)
+        return softmax_cpu.attention(qkv_NX, rotary_N2R, heads, key_heads, grid)
+    grid.refuse_branches()
     if _is_for_triton(qkv_NX, heads, key_heads):
         from cispo.kernels.gpu import softmax
 
@@ -203,7 +207,7 @@ def softmax_prefill(
     from. pages.table_BJ has a row a piece. Not differentiable.
     """
     if softmax_cpu.serves(qkv_NX, rotary_N2R, _head_dim(qkv_NX, heads, key_heads)):
-        return softmax_cpu.prefill(qkv_NX, rotary_N2R, heads, key_heads, grid.lengths, grid.starts, pages)
+        return softmax_cpu.prefill(qkv_NX, rotary_N2R, heads, key_heads, grid, pages)
     if _is_for_triton(qkv_NX, heads, key_heads):
         from cispo.kernels.gpu import softmax
 

@@ -1,7 +1,8 @@
 """Token mixers: lightning attention and softmax attention behind one seam.
 
 A mixer maps normalised rows to rows, packed (`forward`) or one token a sequence (`decode`), and declares the state it
-keeps between the two (`state_specs`). A new kind of mixer is one class with these three methods.
+keeps between the two (`state_specs`), and whether it takes branches of a shared prompt. A new kind of mixer is one
+class with these methods.
 
 N packed tokens, B sequences, D model width, H heads, K key heads, A head dim.
 """
@@ -12,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cispo.kernels import cpu_library, lightning_cpu, softmax_cpu
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
 from cispo.kernels.cpu_library import unrecorded
 from cispo.kernels.lightning_attention import (
@@ -37,6 +39,9 @@ class Mixer(Protocol):
     """What the decoder asks of a token mixer."""
 
     def state_specs(self) -> list[StateSpec]: ...
+
+    @property
+    def takes_branches(self) -> bool: ...
 
     def __call__(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
@@ -84,6 +89,10 @@ class LightningMixer(nn.Module):
             StateSpec("k_recent", (self.heads, self.head_dim, CHUNK_LENGTH), self.out.dtype, is_paged=False),
             StateSpec("v_recent", (self.heads, CHUNK_LENGTH, self.head_dim), self.out.dtype, is_paged=False),
         ]
+
+    @property
+    def takes_branches(self) -> bool:
+        return cpu_library.serves(self.qkv_gate, self.norm) and lightning_cpu.takes(self.head_dim)
 
     def _split(self, qkv_gate: Tensor) -> tuple[Tensor, Tensor]:
         inner = self.heads * self.head_dim
@@ -154,6 +163,10 @@ class SoftmaxMixer(nn.Module):
             StateSpec("k_pages", (self.key_heads, *keys), self.out.dtype, is_paged=True),
             StateSpec("v_pages", (self.key_heads, *values), self.out.dtype, is_paged=True),
         ]
+
+    @property
+    def takes_branches(self) -> bool:
+        return softmax_cpu.serves(self.qkv, self.out, self.head_dim)
 
     def forward(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
