@@ -60,11 +60,13 @@ def test_equals_float64(dim: int, lengths: list[int]) -> None:
     wanted_NJ = reference(x_double, lengths)
     (wanted_NI,) = torch.autograd.grad(wanted_NJ, x_double, dout_NJ.double())
     assert out_NJ.dtype is gradient_NI.dtype is torch.bfloat16
+    # One row has one score, and its rounding of up to 2^-8 meets no other's.
+    limit = LIMIT if sum(lengths) > 1 else 2**-7
     for ours, theirs in zip(out_NJ.detach().split(dim, 1), wanted_NJ.detach().split(dim, 1), strict=True):
-        assert error(ours, theirs) < LIMIT
+        assert error(ours, theirs) < limit
     for part in range(3):
         ours, theirs = (grad.view(-1, HEADS, 3, dim)[:, :, part] for grad in (gradient_NI, wanted_NI))
-        assert error(ours, theirs) < LIMIT
+        assert error(ours, theirs) < limit
 
 
 def empty_caches(dim: int) -> Caches:
