@@ -31,10 +31,12 @@ from cispo.kernels.head_loss import HeadLoss, head_logprobs, head_policy_loss
 from cispo.learner_metrics import StepRecord
 from cispo.learner_settings import LearnerSettings, scheduled_learning_rate
 from cispo.model.decoder import Decoder
+from cispo.model.router_sums import RouterSums
 from cispo.model.routing import RoutingControl
 from cispo.objective import build_objective
 from cispo.objective_settings import DrGrpoSettings, ObjectiveSettings
 from cispo.optimizer import MasterAdamW
+from cispo.router_balance import RouterBalance
 from cispo.types import ScoredGroup
 
 
@@ -148,13 +150,11 @@ class Learner:
         logprob_M, _ = head_logprobs(hidden_MD, decoder.head_weight, there.targets_M, temperature=self._temperature)
         return logprob_M.cpu()
 
-    def _hidden(self, decoder: Decoder, micro: MicroBatch) -> Tensor:
+    def _hidden(self, decoder: Decoder, micro: MicroBatch, sums: RouterSums | None = None) -> Tensor:
         """Hidden states of the rows that predict a loss token; the reference routes by itself, it is another policy."""
-        routing = None
-        if self._settings.routing_replay and decoder is self.decoder:
-            if micro.expert_ids_NLK is None:
-                raise ValueError("routing_replay needs rollouts with expert ids; sample with records_experts=True")
-            routing = RoutingControl(replayed_ids_NLK=micro.expert_ids_NLK)
+        is_replayed = self._settings.routing_replay and decoder is self.decoder
+        replayed_ids_NLK = _recorded_experts(micro) if is_replayed else None
+        routing = RoutingControl(replayed_ids_NLK=replayed_ids_NLK, sums=sums) if is_replayed or sums else None
         hidden_MD: Tensor = decoder(
             micro.ids_N, micro.positions_N, micro.cu_seqlens, rows_M=micro.rows_M, routing=routing
         )
@@ -170,9 +170,10 @@ class Learner:
         is_first: bool,
     ) -> None:
         losses = []
+        balance = self._balance(mini_batch) if self._settings.router_aux_loss_coef else None
         for micro in mini_batch:
             there = micro.to(self._device)
-            head = self._forward_backward(there)
+            head = self._forward_backward(there, balance, record)
             tokens = there.tokens.with_logprob(head.logprob_N)
             result = self._objective.coefficients(tokens)
             losses.append((result.loss_N, there.tokens.group_N))
@@ -191,20 +192,37 @@ class Learner:
         self._optimizer.update(learning_rate)
         record.add_update(float(norm), learning_rate)
 
-    def _forward_backward(self, micro: MicroBatch) -> HeadLoss:
+    def _balance(self, mini_batch: Sequence[MicroBatch]) -> RouterBalance:
+        config = self.decoder.config
+        if self._settings.routing_replay:
+            return RouterBalance.of_replayed([_recorded_experts(m) for m in mini_batch], config.experts, self._device)
+
+        def route(micro: MicroBatch, sums: RouterSums) -> None:
+            self._hidden(self.decoder, micro.to(self._device), sums)
+
+        return RouterBalance.of(mini_batch, config, self._device, route)
+
+    def _forward_backward(self, micro: MicroBatch, balance: RouterBalance | None, record: StepRecord) -> HeadLoss:
         def coefficients(logprob_C: Tensor, rows: slice) -> Tensor:
             tokens = micro.tokens.rows(rows).with_logprob(logprob_C)
             return self._objective.coefficients(tokens).coefficient_N
 
+        sums = None
+        if balance is not None or self._settings.routing_replay:
+            sums = RouterSums(self.decoder.config, self._device, for_loss=balance is not None)
         head = head_policy_loss(
-            self._hidden(self.decoder, micro),
+            self._hidden(self.decoder, micro, sums),
             self.decoder.head_weight,
             micro.targets_M,
             coefficients,
             temperature=self._temperature,
         )
-        torch.autograd.backward(head.loss)
+        router_loss = balance.loss(sums) if balance and sums else None
+        coefficient = self._settings.router_aux_loss_coef
+        torch.autograd.backward(head.loss if router_loss is None else (head.loss, coefficient * router_loss))
         self._optimizer.collect()
+        if sums is not None:
+            record.routers.add(sums, router_loss)
         return head
 
     def _refuse_non_finite(
@@ -222,3 +240,9 @@ class Learner:
             f"step {step}: {what} is not finite in the groups of prompts {names}{more}; "
             "the weights are unchanged: look at these rollouts, then lower learner.learning_rate or the ratio's bounds"
         )
+
+
+def _recorded_experts(micro: MicroBatch) -> Tensor:
+    if micro.expert_ids_NLK is None:
+        raise ValueError("routing_replay needs rollouts with expert ids; sample with records_experts=True")
+    return micro.expert_ids_NLK

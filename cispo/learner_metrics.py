@@ -13,6 +13,7 @@ from torch import Tensor
 from cispo.advantage import AdvantageBatch, Float64Array
 from cispo.batch import TokenBatch
 from cispo.objective import Coefficients
+from cispo.router_balance import RouterTotals
 from cispo.types import Int32Array, ScoredGroup
 
 _MEANS = {
@@ -25,7 +26,7 @@ _MEANS = {
 
 
 class StepRecord:
-    """The measurements of one step; `policy_version` is the learner's before the step."""
+    """The measurements of one step; `policy_version` is the learner's before it. routers: what its routers did."""
 
     def __init__(self, policy_version: int) -> None:
         self._policy_version = policy_version
@@ -36,6 +37,7 @@ class StepRecord:
         self._norms: list[float] = []
         self._learning_rate = 0.0
         self._dropped = 0
+        self.routers = RouterTotals()
 
     def add_groups(self, groups: Sequence[ScoredGroup], advantages: AdvantageBatch, *, kept_groups: int) -> None:
         """Count what is left out, and how old the sampled tokens of the scored samples are."""
@@ -76,7 +78,7 @@ class StepRecord:
             "time_s/forward_backward": seconds,
         }
         if self._norms:
-            metrics |= self._training(seconds)
+            metrics |= self._training(seconds) | self.routers.metrics(len(self._norms))
         difference = np.concatenate([np.zeros(0), *self._mismatch])
         if len(difference):
             metrics |= _mismatch(difference)

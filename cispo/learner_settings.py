@@ -37,6 +37,8 @@ class LearnerSettings(BaseModel):
     """Tokens of one forward and backward; it bounds memory and changes no result. A longer sequence goes alone."""
     routing_replay: bool = False
     """Run each token through the experts that it went to while sampling; gate weights are the router's as it is now."""
+    router_aux_loss_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of the routers' load-balancing loss (0.001 in MiniMax-M1's configuration); 0 leaves it out."""
 
     @field_validator("betas")
     @classmethod

@@ -22,10 +22,13 @@ from cispo.kernels.head_loss import head_logprobs, head_policy_loss
 from cispo.learner_settings import scheduled_learning_rate
 from cispo.model.checkpoint import initialise_policy, load_policy, save_policy
 from cispo.model.decoder import Decoder
+from cispo.model.router_sums import RouterSums
+from cispo.model.routing import RoutingControl
 from cispo.model.tokenizer import Tokenizer
 from cispo.optimizer import MasterAdamW
 from cispo.recipe.sft_schema import SftRecipe
 from cispo.resources import resolve_policy
+from cispo.router_balance import RouterBalance, RouterTotals
 from cispo.run_folder import RunFolder, plain_settings
 from cispo.sft_data import SftMicroBatch, batches, load_examples, micro_batches
 from cispo.views import Views, open_views
@@ -122,21 +125,42 @@ class SftTrainer:
     def _step(self, members: Sequence[int]) -> None:
         examples = [self._examples[i] for i in members]
         tokens = sum(example.loss_tokens for example in examples)
-        for micro in micro_batches(examples, self._recipe.learner.tokens_per_micro_batch):
-            self._losses.add(self._forward_backward(micro.to(self._device), 1 / tokens), len(micro.ids_N))
+        packed = micro_batches(examples, self._recipe.learner.tokens_per_micro_batch)
+        balance = self._balance(packed) if self._recipe.learner.router_aux_loss_coef else None
+        for micro in packed:
+            self._losses.add(self._forward_backward(micro.to(self._device), 1 / tokens, balance), len(micro.ids_N))
         self._losses.add_norm(self._optimizer.clip(self._recipe.learner.max_grad_norm))
         self._optimizer.update(self._learning_rate(self._optimizer.updates))
 
-    def _forward_backward(self, micro: SftMicroBatch, weight: float) -> Tensor:
+    def _balance(self, packed: Sequence[SftMicroBatch]) -> RouterBalance:
+        def route(micro: SftMicroBatch, sums: RouterSums) -> None:
+            self._hidden(micro.to(self._device), sums)
+
+        return RouterBalance.of(packed, self.decoder.config, self._device, route)
+
+    def _hidden(self, micro: SftMicroBatch, sums: RouterSums | None = None) -> Tensor:
+        routing = RoutingControl(sums=sums) if sums else None
+        hidden_MD: Tensor = self.decoder(
+            micro.ids_N, micro.positions_N, micro.cu_seqlens, rows_M=micro.rows_M, routing=routing
+        )
+        return hidden_MD
+
+    def _forward_backward(self, micro: SftMicroBatch, weight: float, balance: RouterBalance | None) -> Tensor:
         """Log-likelihood as a policy gradient whose coefficient is the same for all tokens; returns logprob_M."""
+        sums = RouterSums(self.decoder.config, self._device, for_loss=True) if balance else None
         head = head_policy_loss(
-            self.decoder(micro.ids_N, micro.positions_N, micro.cu_seqlens, rows_M=micro.rows_M),
+            self._hidden(micro, sums),
             self.decoder.head_weight,
             micro.targets_M,
             lambda logprob_C, rows: torch.full_like(logprob_C, weight),
             temperature=1.0,
         )
-        torch.autograd.backward(head.loss)
+        if balance is None or sums is None:
+            torch.autograd.backward(head.loss)
+        else:
+            router_loss = balance.loss(sums)
+            torch.autograd.backward((head.loss, self._recipe.learner.router_aux_loss_coef * router_loss))
+            self._losses.routers.add(sums, router_loss)
         self._optimizer.collect()
         return head.logprob_N
 
@@ -167,7 +191,7 @@ class SftTrainer:
         """Mean over all held-out completion tokens of -log pi, in nats."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for micro in self._held_out:
-            hidden_MD = self.decoder(micro.ids_N, micro.positions_N, micro.cu_seqlens, rows_M=micro.rows_M)
+            hidden_MD = self._hidden(micro)
             logprob_M, _ = head_logprobs(hidden_MD, self.decoder.head_weight, micro.targets_M, temperature=1.0)
             total -= logprob_M.sum(dtype=torch.float64)
         return float(total) / sum(len(micro.rows_M) for micro in self._held_out)
@@ -194,7 +218,7 @@ class SftTrainer:
 
 
 class LossSums:
-    """Sums of losses since the last line of metrics, kept on the device."""
+    """Sums of losses, and what the routers did, since the last line of metrics, kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -206,6 +230,8 @@ class LossSums:
         self._norm = torch.zeros((), dtype=torch.float32, device=self._device)
         self._loss_tokens = 0
         self._tokens = 0
+        self._updates = 0
+        self.routers = RouterTotals()
         self._started = time.perf_counter()
 
     def add(self, logprob_M: Tensor, tokens: int) -> None:
@@ -216,6 +242,7 @@ class LossSums:
     def add_norm(self, norm: Tensor) -> None:
         # torch.maximum hands a NaN on, so that it is seen when the line is due.
         self._norm = torch.maximum(self._norm, norm)
+        self._updates += 1
 
     def take(self, step: int) -> dict[str, float]:
         """Metrics since the last call, which are then forgotten; CispoError when a loss or gradient was not finite."""
@@ -231,6 +258,7 @@ class LossSums:
                 f"step {step}: loss {metrics['sft/loss']:g} and gradient norm {norm:g} since the last line are not "
                 "finite; the last checkpoint is good: lower learner.learning_rate or raise learner.warmup_updates"
             )
+        metrics |= self.routers.metrics(self._updates)
         self.start()
         return metrics
 

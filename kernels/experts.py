@@ -1,6 +1,7 @@
 """Top-k mixture of SwiGLU experts over packed tokens, dropless.
 
-float32 on CPU has a kernel of its own (`kernels.experts_cpu`); this is the plain-PyTorch form, around `grouped_mm`.
+float32 on CPU and bfloat16 on CUDA have kernels of their own (`kernels.experts_cpu`, `kernels.gpu.experts`); this is
+the plain-PyTorch form, around `grouped_mm`.
 Tokens are copied into one buffer in the order of their experts, each expert's rows padded to a multiple of 4 so that
 the product gives a row the same bits whatever rows lie beside it; padded rows repeat a real token and are never read.
 Both copies are gathers in the backward too, so gradients add up in one order.
@@ -141,6 +142,10 @@ def swiglu_experts_dense(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, do
     return _weighted_sum(rows_NKD, routing.weight_NK).to(x_ND.dtype)
 
 
+def _is_bfloat16_on_cuda(*tensors: Tensor) -> bool:
+    return all(tensor.is_cuda and tensor.dtype is torch.bfloat16 for tensor in tensors)
+
+
 def expert_layer(
     x_ND: Tensor,
     router_ED: Tensor | None,
@@ -159,6 +164,20 @@ def expert_layer(
     given_ids_NK (integers below E): as in `route`; ValueError for ids that are no experts. observe: called once with
     what was decided. Differentiable in all weights and x. The number of rows never changes a row's bits on CPU.
     """
+    if _is_bfloat16_on_cuda(x_ND, gate_up_EFD, down_EDF):
+        from cispo.kernels.gpu import experts as experts_gpu  # Triton is not for those who need none
+
+        return experts_gpu.expert_layer(
+            x_ND,
+            router_ED,
+            gate_up_EFD,
+            down_EDF,
+            experts_per_token,
+            is_renormalised=is_renormalised,
+            threshold_N=threshold_N,
+            given_ids_NK=given_ids_NK,
+            observe=observe,
+        )
     if router_ED is None:
         router_ED = experts_cpu.lone_router(x_ND.shape[1], x_ND.device)
     if is_renormalised and experts_cpu.serves(x_ND, router_ED, gate_up_EFD, down_EDF):

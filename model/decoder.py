@@ -49,7 +49,7 @@ class Experts(nn.Module):
             is_renormalised=self.is_renormalised,
             threshold_N=routing.threshold_N if routing else None,
             given_ids_NK=routing.given_ids_NK if routing else None,
-            observe=routing.observe if routing else None,
+            observe=routing.observer(x_ND, self.router) if routing and self.router is not None else None,
         )
 
 

@@ -7,12 +7,14 @@ N packed tokens, B sequences, L layers that have a router (in order), E experts,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cispo.kernels.routing import Observer
 from cispo.model.config import ModelConfig
+from cispo.model.router_sums import RouterSums
 
 
 class RoutingLog:
@@ -89,9 +91,9 @@ class RoutingControl:
     expert_thresholds: of each sequence, in [0, 1). A token's expert whose share of the gate weight is below it is
     dropped, except for the heaviest; the others are renormalised. replayed_ids_NLK: in a packed forward, the experts
     that an earlier call recorded for the same tokens, taken in place of the routers' choice; their gate weights are the
-    routers' as they are now. log, record: filled with what the routers decide. log_sequences: the numbers in the log of
-    this call's sequences; 0 .. B - 1 if None. ValueError for a threshold outside its range, and for thresholds with a
-    record, since a token that was spared an expert has none to take again.
+    routers' as they are now. log, record, sums: filled with what the routers decide. log_sequences: the numbers in the
+    log of this call's sequences; 0 .. B - 1 if None. ValueError for a threshold outside its range, and for thresholds
+    with a record or sums, since a token that was spared an expert has none to take again or to count.
     """
 
     expert_thresholds: Sequence[float] | None = None
@@ -99,18 +101,21 @@ class RoutingControl:
     log: RoutingLog | None = None
     log_sequences: Sequence[int] | None = None
     record: ExpertRecord | None = None
+    sums: RouterSums | None = None
 
     def __post_init__(self) -> None:
         wrong = [value for value in self.expert_thresholds or () if not 0 <= value < 1]
         if wrong:
             raise ValueError(f"expert_threshold must be in [0, 1), got {wrong[0]:g}; 0 drops nothing")
+        if self.expert_thresholds is not None and self.sums is not None:
+            raise ValueError("no sums can be kept where an expert_threshold drops experts; leave out one of the two")
         if self.expert_thresholds is not None and self.record is not None:
             raise ValueError("no record can be kept where an expert_threshold drops experts; leave out one of the two")
 
     @property
     def needs_every_row(self) -> bool:
         """Whether the last layer must run on rows that nobody asks for, too."""
-        return self.record is not None
+        return self.record is not None or (self.sums is not None and self.sums.for_loss)
 
     def of_packed(self, config: ModelConfig, cu_seqlens: Tensor, device: torch.device) -> "RowRouting":
         """The control of packed tokens; cu_seqlens: [B + 1]."""
@@ -184,15 +189,20 @@ class LayerRouting:
     def given_ids_NK(self) -> Tensor | None:
         return None if self.rows.given_ids_NLK is None else self.rows.given_ids_NLK[:, self.layer]
 
-    @property
-    def observe(self) -> Observer | None:
-        """What wants to know the router's decisions, or None."""
+    def observer(self, x_ND: Tensor, router_ED: Tensor) -> Observer | None:
+        """What wants to know the decisions of this router on these rows, or None."""
         control = self.rows.control
-        return None if control.log is None and control.record is None else self._observe
+        if control.log is None and control.record is None and control.sums is None:
+            return None
+        return partial(self._observe, x_ND, router_ED)
 
-    def _observe(self, expert_ids_NK: Tensor, entropy_N: Tensor) -> None:
+    def _observe(self, x_ND: Tensor, router_ED: Tensor, expert_ids_NK: Tensor, entropy_N: Tensor) -> None:
         control, sequence_N = self.rows.control, self.rows.log_sequence_N
         if control.log is not None:
             control.log.add(self.layer, sequence_N, expert_ids_NK[: len(sequence_N)], entropy_N[: len(sequence_N)])
         if control.record is not None:
             control.record.add(self.layer, expert_ids_NK)
+        if control.sums is not None:
+            rows = slice(len(sequence_N))
+            is_replayed = self.rows.given_ids_NLK is not None
+            control.sums.add(self.layer, x_ND[rows], router_ED, expert_ids_NK[rows], is_replayed=is_replayed)

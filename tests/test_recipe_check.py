@@ -103,6 +103,10 @@ def test_replay_needs_a_policy_with_routers(place: Path) -> None:
     (place / "policy" / "config.json").write_text(json.dumps(dense))
     (line,) = mistakes(place / "train.yaml", "learner.routing_replay=true")
     assert line.startswith("command line learner.routing_replay: is on, but no layer of")
+    (line,) = mistakes(place / "train.yaml", "learner.router_aux_loss_coef=0.001")
+    assert line.startswith("command line learner.router_aux_loss_coef: is on, but no layer of")
+    with pytest.raises(RecipeError, match=r"^command line learner\.router_aux_loss_coef: is on, but no layer of"):
+        load_sft_recipe(place / "sft.yaml", ["learner.router_aux_loss_coef=0.001"])
 
 
 def test_policy_folder_that_is_not_there(place: Path) -> None:

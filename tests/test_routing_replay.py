@@ -14,6 +14,7 @@ from torch import Tensor
 from cispo.advantage import AdvantageSettings
 from cispo.learner import Learner
 from cispo.learner_settings import LearnerSettings
+from cispo.metric_table import check_names
 from cispo.model.checkpoint import load_policy
 from cispo.model.decoder import Decoder
 from cispo.model.routing import ExpertRecord, RoutingControl
@@ -88,14 +89,19 @@ def test_the_engine_records_every_token_and_samples_the_same(small_policy_folder
     assert len(lengths) > 3
 
 
-@pytest.mark.parametrize("anchor", ["rollout", "proximal"])
-def test_replay_changes_no_bit_at_equal_weights(small_policy_folder: Path, anchor: str) -> None:
+@pytest.mark.parametrize(("anchor", "coefficient"), [("rollout", 0.0), ("proximal", 0.0), ("rollout", 0.5)])
+def test_replay_changes_no_bit_at_equal_weights(small_policy_folder: Path, anchor: str, coefficient: float) -> None:
     groups = scored(sample(small_policy_folder, records_experts=True))
     results: list[tuple[dict[str, float], dict[str, Tensor]]] = []
     for is_on in (False, True):
-        subject = learner(small_policy_folder, {"name": "cispo", "anchor": anchor}, routing_replay=is_on)
+        settings = {"routing_replay": is_on, "router_aux_loss_coef": coefficient, "tokens_per_micro_batch": 500}
+        subject = learner(small_policy_folder, {"name": "cispo", "anchor": anchor}, **settings)
         metrics = subject.train(groups, 1)
-        repeatable = {name: v for name, v in metrics.items() if not name.startswith(("time_s/", "perf/"))}
+        repeatable = {n: v for n, v in metrics.items() if not n.startswith(("time_s/", "perf/", "router/"))}
+        assert metrics.get("router/frac_differing", 0.0) == 0.0
+        assert ("router/frac_differing" in metrics) == is_on
+        assert ("router/entropy" in metrics) == (is_on or coefficient > 0)
+        assert ("loss/router_aux" in metrics) == (coefficient > 0)
         results.append((repeatable, subject.policy_tensors()))
         assert metrics["policy/mismatch/max"] == 0.0
     assert results[0][0] == results[1][0]
@@ -111,8 +117,10 @@ def test_replayed_experts_stay_those_of_the_rollout_after_an_update(small_policy
         taken.append(named["routing"].replayed_ids_NLK.clone())
 
     hook = subject.decoder.register_forward_pre_hook(keep, with_kwargs=True)
-    subject.train(groups, 1)
+    metrics = subject.train(groups, 1)
     hook.remove()
+    assert 0.0 < metrics["router/frac_differing"] < 1.0
+    check_names(metrics)
     inputs = [rollout.expert_ids_TLK for group in groups for rollout in group.rollouts]
     assert len(taken) == 3
     assert sorted(torch.cat(taken).flatten(1).tolist()) == sorted(
@@ -126,11 +134,13 @@ def test_replayed_experts_stay_those_of_the_rollout_after_an_update(small_policy
     assert any(not torch.equal(tensors[name], tensor) for name, tensor in subject.policy_tensors().items())
 
 
-def test_replay_does_not_depend_on_the_split_into_micro_batches(small_policy_folder: Path) -> None:
+@pytest.mark.parametrize("coefficient", [0.0, 10.0])
+def test_replay_does_not_depend_on_the_split_into_micro_batches(small_policy_folder: Path, coefficient: float) -> None:
     groups = scored(sample(small_policy_folder, records_experts=True))
     norms = []
     for budget in (1, 150, 100_000):
-        subject = learner(small_policy_folder, routing_replay=True, tokens_per_micro_batch=budget)
+        settings = {"router_aux_loss_coef": coefficient, "tokens_per_micro_batch": budget}
+        subject = learner(small_policy_folder, routing_replay=True, **settings)
         norms.append(subject.train(groups, 1)["optim/grad_norm"])
     assert norms[1:] == pytest.approx([norms[0]] * 2, rel=1e-5)
 

@@ -211,3 +211,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(make_recipe
         run_sft(make_recipe(learner={"learning_rate": 1e38, "max_grad_norm": math.inf, "schedule": "constant"}))
     assert not list(Path("runs/run/checkpoints").iterdir())
     assert not Path("out").exists()
+
+
+def test_the_routers_loss_does_not_depend_on_the_split_and_evens_out_the_loads(make_recipe: Any) -> None:
+    aux: list[float] = []
+    for name, budget in (("whole", 10_000), ("split", 60)):
+        rates = {"learning_rate": 3e-3, "eps": 1e-3, "router_aux_loss_coef": 0.5, "tokens_per_micro_batch": budget}
+        run_sft(make_recipe(name=name, output=f"out_{name}", steps=4, learner=rates))
+        (line,) = metrics_of(name)
+        check_names(set(line) - {"step"})
+        assert line["router/max_load"] > 1.0
+        aux.append(line["loss/router_aux"])
+    assert aux[1] == pytest.approx(aux[0], rel=1e-5)
+    for name, tensor in weights_of("out_whole").items():
+        torch.testing.assert_close(weights_of("out_split")[name], tensor, rtol=1e-3, atol=1e-5)
+    rates = {"learning_rate": 3e-3, "router_aux_loss_coef": 5.0}
+    run_sft(make_recipe(name="longer", output="out_longer", steps=40, learner=rates))
+    lines = metrics_of("longer")
+    assert 2.0 - 1e-3 < lines[-1]["loss/router_aux"] < lines[0]["loss/router_aux"] < aux[0]

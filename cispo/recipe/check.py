@@ -1,7 +1,7 @@
 """What a recipe names must be there before any actor starts: policy folder, data, rewards."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,8 @@ FileMistake = tuple[SettingPath, str]
 
 def train_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     """What `cispo train` would miss, each with the setting that names it."""
-    found = policy_mistakes(recipe.policy.path, recipe.base_path) or _routing_mistakes(recipe)
+    routing = {"routing_replay": recipe.learner.routing_replay} | _router_loss(recipe)
+    found = policy_mistakes(recipe.policy.path, recipe.base_path) or _routing_mistakes(recipe, routing)
     rewards, columns = _reward_mistakes(recipe)
     found += _data_mistakes(("data",), recipe.data, recipe.base_path, columns)
     if recipe.evaluation is not None:
@@ -47,6 +48,7 @@ def sft_mistakes(recipe: SftRecipe) -> list[FileMistake]:
     """What `cispo sft` would miss."""
     needs_weights = recipe.policy.init == "pretrained"
     found = policy_mistakes(recipe.policy.path, recipe.base_path, needs_weights=needs_weights)
+    found = found or _routing_mistakes(recipe, _router_loss(recipe))
     found += _data_mistakes(("data",), recipe.data, recipe.base_path, ["completion"])
     if recipe.evaluation is not None:
         found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path, ["completion"])
@@ -85,12 +87,18 @@ def _no_folder(path: str, folder: Path) -> str:
     return f"there is no folder {folder}; name a policy folder in Hugging Face layout, or {BUNDLED}tiny"
 
 
-def _routing_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
-    """What is asked of the routers of a policy folder in which nothing else is amiss."""
+def _router_loss(recipe: TrainRecipe | SftRecipe) -> dict[str, bool]:
+    return {"router_aux_loss_coef": recipe.learner.router_aux_loss_coef > 0}
+
+
+def _routing_mistakes(recipe: TrainRecipe | SftRecipe, is_on: Mapping[str, bool]) -> list[FileMistake]:
+    """Settings of the learner that ask for routers, where a policy folder in which nothing else is amiss has none."""
     folder = resolve_policy(recipe.policy.path, base_path=recipe.base_path)
-    if not recipe.learner.routing_replay or _read_config(folder / "config.json").routed_layers:
+    asking = [name for name, is_asked in is_on.items() if is_asked]
+    if not asking or _read_config(folder / "config.json").routed_layers:
         return []
-    return [(("learner", "routing_replay"), f"is on, but no layer of {folder} chooses among experts; leave it out")]
+    text = f"is on, but no layer of {folder} chooses among experts; leave it out"
+    return [(("learner", name), text) for name in asking]
 
 
 def _read_config(file: Path) -> ModelConfig:

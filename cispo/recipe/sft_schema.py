@@ -44,6 +44,8 @@ class SftLearnerSettings(Section):
     """Global gradient norm above which gradients are scaled down; `.inf` switches clipping off."""
     tokens_per_micro_batch: int = Field(default=16384, ge=1)
     """Tokens of one forward and backward; it bounds memory and changes no result."""
+    router_aux_loss_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of the routers' load-balancing loss (0.001 in MiniMax-M1's configuration); 0 leaves it out."""
 
 
 class SftEvaluationSettings(Section):

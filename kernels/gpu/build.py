@@ -43,6 +43,10 @@ class Build:
     has_products: bool
     aligned: tuple[str, ...] = ()
 
+    def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Run the kernel with these settings; arguments: all but the constants, in order."""
+        self.kernel[grid](*arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -58,7 +62,7 @@ class Report:
 
 
 def report(build: Build) -> Report:
-    """Compile for sm_90 and assemble; needs Triton's own ptxas and no GPU."""
+    """Compile for sm_90 and assemble with the ptxas that Triton picks for it; needs no GPU."""
     arguments = build.kernel.arg_names
     types = {name: build.types.get(name, "constexpr") for name in arguments}
     attributes = {

@@ -9,6 +9,8 @@ import transformers
 
 from cispo.model.checkpoint import load_policy
 from cispo.model.decoder import Decoder
+from cispo.model.router_sums import RouterSums, load_balancing_loss
+from cispo.model.routing import RoutingControl
 from cispo.model.tensor_names import named_views
 
 LENGTHS = (1, 255, 256, 257, 700)
@@ -67,6 +69,38 @@ def test_logits_of_every_length_alone_and_packed(models: tuple[transformers.PreT
             assert (ours - expected).abs().max() <= TOLERANCE
             (alone,) = logits_of_packed(decoder, [ids])
             assert torch.equal(alone, ours)
+
+
+def test_load_balancing_loss_and_its_gradients(models: tuple[transformers.PreTrainedModel, Decoder]) -> None:
+    peer, decoder = models
+    if not hasattr(peer.config, "router_aux_loss_coef"):
+        with pytest.raises(ValueError, match="no router"):
+            RouterSums(decoder.config, for_loss=True)
+        return
+    ids = sequences()[3]
+    peer.zero_grad()
+    expected = peer(ids.unsqueeze(0), output_router_logits=True).aux_loss
+    expected.backward()
+    theirs = {name: parameter.grad for name, parameter in peer.named_parameters() if parameter.grad is not None}
+    sums = RouterSums(decoder.config, for_loss=True)
+    cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
+    decoder(ids, torch.arange(len(ids)), cu_seqlens, rows_M=torch.tensor([5]), routing=RoutingControl(sums=sums))
+    rows = len(ids) * len(decoder.config.routed_layers)
+    loss = load_balancing_loss(sums.choices_LE.sum(0) / rows, sums.probability_E, rows)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert abs(float(loss.detach()) - decoder.config.experts_per_token) > 1e-3, "the loads are not even"
+    parameters = dict(decoder.named_parameters())
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    ours = {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+    routers = [name for name in ours if name.endswith("router")]
+    assert len(routers) == len(decoder.config.routed_layers)
+    for name in routers:
+        layer = name.split(".")[1]
+        assert (ours[name] - theirs[f"model.layers.{layer}.mlp.gate.weight"]).abs().max() <= TOLERANCE
+        assert ours[name].abs().max() > 1e-4
+    embedding = theirs["model.embed_tokens.weight"]
+    assert embedding.abs().max() > 1e-4, "the loss reaches what lies below the routers"
+    assert (ours["embedding"] - embedding).abs().max() <= TOLERANCE * max(1.0, float(embedding.abs().max()))
 
 
 def test_gradients_of_every_parameter(models: tuple[transformers.PreTrainedModel, Decoder]) -> None:
