@@ -69,7 +69,7 @@ def decays(slopes_H: Tensor) -> Decays:
         within_CHC=within_HCC.transpose(0, 1).contiguous(),
         query_CH11=query_HC1.transpose(0, 1).unsqueeze(3).contiguous(),
         table_HT=torch.cat((key_HC1, torch.zeros_like(key_HC1), query_HC1), dim=1).squeeze(2),
-        slopes_H=slopes_H.float(),
+        slopes_H=slopes_H.float().contiguous(),
     )
 
 
