@@ -69,7 +69,7 @@ def decays(slopes_H: Tensor) -> Decays:
         within_CHC=within_HCC.transpose(0, 1).contiguous(),
         query_CH11=query_HC1.transpose(0, 1).unsqueeze(3).contiguous(),
         table_HT=torch.cat((key_HC1, torch.zeros_like(key_HC1), query_HC1), dim=1).squeeze(2),
-        slopes_H=slopes_H.float(),
+        slopes_H=slopes_H.float().contiguous(),
     )
 
 
@@ -147,11 +147,24 @@ def _is_served(qkv_NI: Tensor, slopes: Decays) -> bool:
     return cpu_library.serves(qkv_NI) and lightning_cpu.takes(qkv_NI.shape[1] // (3 * heads))
 
 
+def keeps_copy(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether decode wants the fourth cache, `copy_SHDD`: half the bytes a step, the same bits."""
+    return device.type == "cuda" and dtype is torch.bfloat16 and dim in (64, 128)
+
+
+def _refuse_copy(copy_SHDD: Tensor | None, qkv_NI: Tensor) -> None:
+    if copy_SHDD is not None:
+        raise ValueError(
+            f"only the CUDA kernels read a rounded copy of the state, and they do not take {qkv_NI.dtype} projections "
+            f"of strides {qkv_NI.stride()} on {qkv_NI.device}; leave copy_SHDD out"
+        )
+
+
 def _is_on_cuda(qkv_NI: Tensor, slopes: Decays) -> bool:
     """Whether the Triton kernels take it: bfloat16 on CUDA, heads of 64 or 128, rows as their loads want them."""
     dim = qkv_NI.shape[1] // (3 * slopes.slopes_H.shape[0])
     is_aligned = qkv_NI.stride(1) == 1 and qkv_NI.stride(0) % 16 == 0 and qkv_NI.data_ptr() % 16 == 0
-    return qkv_NI.is_cuda and qkv_NI.dtype is torch.bfloat16 and dim in (64, 128) and is_aligned
+    return keeps_copy(dim, qkv_NI.dtype, qkv_NI.device) and is_aligned
 
 
 def lightning_attention(qkv_NI: Tensor, slopes: Decays, grid: ChunkGrid) -> Tensor:
@@ -196,13 +209,15 @@ def lightning_prefill(
     state_SHDD: Tensor,
     k_recent_SHDC: Tensor,
     v_recent_SHCD: Tensor,
+    copy_SHDD: Tensor | None = None,
 ) -> Tensor:
     """`lightning_attention` of pieces that go on from three caches, and leave there what the next piece goes on from.
 
     A piece whose start is past 0 reads what its slot of slot_B (int64) was left with; every piece leaves, at its end,
     the state at the last chunk boundary (float32), and the keys (transposed) and values of the rows since, in the dtype
     of the projections. At a multiple of 64 the full last chunk is in the state already and there are no recent rows.
-    What the caches hold of rows not yet written means nothing. Not differentiable.
+    What the caches hold of rows not yet written means nothing. Not differentiable. copy_SHDD: a fourth cache, the state
+    rounded to bfloat16, which the CUDA kernels' decode step reads in its place; only they take one (ValueError).
     """
     grid.refuse_branches()
     caches = (state_SHDD, k_recent_SHDC, v_recent_SHCD)
@@ -210,7 +225,11 @@ def lightning_prefill(
         from cispo.kernels.gpu import lightning_forward
 
         qkv_NI = lightning_forward.silu_rows(qkv_NI)
-        return lightning_forward.prefill(qkv_NI, slopes.slopes_H, grid, slot_B, *caches)
+        out_NJ = lightning_forward.prefill(qkv_NI, slopes.slopes_H, grid, slot_B, *caches)
+        if copy_SHDD is not None:
+            copy_SHDD.index_copy_(0, slot_B, state_SHDD.index_select(0, slot_B).to(copy_SHDD.dtype))
+        return out_NJ
+    _refuse_copy(copy_SHDD, qkv_NI)
     if _is_served(qkv_NI, slopes):
         return lightning_cpu.prefill(qkv_NI, slopes.table_HT, grid, slot_B, *caches)
     q, k, v = (grid.scatter(x) for x in _heads(qkv_NI, slopes.table_HT.shape[0]))
@@ -249,10 +268,11 @@ def lightning_decode(
     state_SHDD: Tensor,
     k_recent_SHDC: Tensor,
     v_recent_SHCD: Tensor,
+    copy_SHDD: Tensor | None = None,
 ) -> Tensor:
     """One token for each of the sequences in slots 0 .. B - 1; [B, J], in `lightning_attention`'s dtype.
 
-    The three caches are updated in place.
+    The caches are updated in place; copy_SHDD as in `lightning_prefill`.
 
     qkv_BI: projections before SiLU. every_B: 0 .. B - 1, int64. row_B: row of the token in its chunk (position modulo
     64), int64. full_rows: indices of the sequences whose chunk this token completes (int64), or None when there is
@@ -261,7 +281,8 @@ def lightning_decode(
     if _is_on_cuda(qkv_BI, slopes):
         from cispo.kernels.gpu import lightning_decode as cuda
 
-        return cuda.decode(qkv_BI, slopes.slopes_H, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD)
+        return cuda.decode(qkv_BI, slopes.slopes_H, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD, copy_SHDD)
+    _refuse_copy(copy_SHDD, qkv_BI)
     if _is_served(qkv_BI, slopes):
         return lightning_cpu.decode(qkv_BI, slopes.table_HT, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD)
     state, k_recent, v_recent = (cache[: len(qkv_BI)] for cache in (state_SHDD, k_recent_SHDC, v_recent_SHCD))

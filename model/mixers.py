@@ -20,6 +20,7 @@ from cispo.kernels.lightning_attention import (
     Decays,
     decays,
     gated_lightning_attention,
+    keeps_copy,
     lightning_decode,
     lightning_prefill,
 )
@@ -84,11 +85,15 @@ class LightningMixer(nn.Module):
         return self._decays
 
     def state_specs(self) -> list[StateSpec]:
-        return [
+        specs = [
             StateSpec("state", (self.heads, self.head_dim, self.head_dim), torch.float32, is_paged=False),
             StateSpec("k_recent", (self.heads, self.head_dim, CHUNK_LENGTH), self.out.dtype, is_paged=False),
             StateSpec("v_recent", (self.heads, CHUNK_LENGTH, self.head_dim), self.out.dtype, is_paged=False),
         ]
+        if keeps_copy(self.head_dim, self.out.dtype, self.out.device):
+            shape = (self.heads, self.head_dim, self.head_dim)
+            specs.append(StateSpec("state_copy", shape, self.out.dtype, is_paged=False))
+        return specs
 
     @property
     def takes_branches(self) -> bool:
@@ -108,13 +113,13 @@ class LightningMixer(nn.Module):
         qkv_gate, slopes = product(x_ND, self.qkv_gate), self.decays(x_ND.device)
         if state is not None and target is not None:
             qkv, gate = self._split(qkv_gate)
-            caches = state["state"], state["k_recent"], state["v_recent"]
+            caches = state["state"], state["k_recent"], state["v_recent"], state.get("state_copy")
             return self._finish(lightning_prefill(qkv, slopes, grid, target.slot_B, *caches), gate)
         return product(gated_lightning_attention(qkv_gate, self.norm, _LIGHTNING_NORM_EPSILON, slopes, grid), self.out)
 
     def decode(self, x_BD: Tensor, rotary_BA: Tensor, step: DecodeStep, state: State) -> Tensor:
         qkv, gate = self._split(product(x_BD, self.qkv_gate))
-        caches = state["state"], state["k_recent"], state["v_recent"]
+        caches = state["state"], state["k_recent"], state["v_recent"], state.get("state_copy")
         slopes = self.decays(x_BD.device)
         return self._finish(lightning_decode(qkv, slopes, step.every_B, step.row_B, step.full_rows, *caches), gate)
 

@@ -60,11 +60,13 @@ def test_equals_float64(dim: int, lengths: list[int]) -> None:
     wanted_NJ = reference(x_double, lengths)
     (wanted_NI,) = torch.autograd.grad(wanted_NJ, x_double, dout_NJ.double())
     assert out_NJ.dtype is gradient_NI.dtype is torch.bfloat16
+    # One row has one score, and its rounding of up to 2^-8 meets no other's.
+    limit = LIMIT if sum(lengths) > 1 else 2**-7
     for ours, theirs in zip(out_NJ.detach().split(dim, 1), wanted_NJ.detach().split(dim, 1), strict=True):
-        assert error(ours, theirs) < LIMIT
+        assert error(ours, theirs) < limit
     for part in range(3):
         ours, theirs = (grad.view(-1, HEADS, 3, dim)[:, :, part] for grad in (gradient_NI, wanted_NI))
-        assert error(ours, theirs) < LIMIT
+        assert error(ours, theirs) < limit
 
 
 def empty_caches(dim: int) -> Caches:
@@ -74,24 +76,26 @@ def empty_caches(dim: int) -> Caches:
     return state, k_recent, torch.full_like(k_recent, torch.nan).view(3, HEADS, CHUNK_LENGTH, dim)
 
 
+@pytest.mark.parametrize("has_copy", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("cuts", [[0, 10, 50, 64, 130, 200], [0, 128, 129, 192], [0, 70, 140, 256], [0, 321]], ids=str)
-def test_pieces_tokens_and_one_shot_have_the_same_bits(dim: int, cuts: list[int]) -> None:
+def test_pieces_tokens_and_one_shot_have_the_same_bits(dim: int, cuts: list[int], has_copy: bool) -> None:
     tokens = 400
     x_BTI = projections(2 * tokens, dim).unflatten(0, (2, tokens))
     one_shot = lightning_attention(x_BTI.flatten(0, 1), slopes(), chunk_grid([tokens] * 2, CUDA)).view(2, tokens, -1)
     caches = empty_caches(dim)
+    copy = caches[0].bfloat16() if has_copy else None
     slot_B = torch.tensor([2, 0], device=CUDA)
     for begin, end in pairwise(cuts):
         grid = chunk_grid([end - begin] * 2, CUDA, [begin] * 2)
         pieces = x_BTI[:, begin:end].flatten(0, 1)
-        out = lightning_prefill(pieces, slopes(), grid, slot_B, *caches).view(2, end - begin, -1)
+        out = lightning_prefill(pieces, slopes(), grid, slot_B, *caches, copy).view(2, end - begin, -1)
         assert torch.equal(out, one_shot[:, begin:end])
-    state, k_recent, v_recent = (cache[slot_B].clone() for cache in caches)
+    left = [None if cache is None else cache[slot_B].clone() for cache in (*caches, copy)]
     every_B = torch.arange(2, device=CUDA)
     for position in range(cuts[-1], tokens):
         row_B = torch.full_like(every_B, position % CHUNK_LENGTH)
-        out = lightning_decode(x_BTI[:, position], slopes(), every_B, row_B, None, state, k_recent, v_recent)
+        out = lightning_decode(x_BTI[:, position], slopes(), every_B, row_B, None, *left)
         assert torch.equal(out, one_shot[:, position])
 
 
