@@ -104,7 +104,8 @@ class Ours:
             decoder, tokenizer, SamplingSettings(tokens, seed=0),
             max_concurrent_completions=completions, max_prompt_tokens=PROMPT_TOKENS,
         )  # fmt: skip
-        settings = LearnerSettings(learning_rate=1e-5, tokens_per_micro_batch=2048)
+        # Four groups of the larger setting, each with its prompt once.
+        settings = LearnerSettings(learning_rate=1e-5, tokens_per_micro_batch=4160)
         self._learner = Learner(
             decoder, objective=CispoSettings(name="cispo", reduction="token"), advantage=AdvantageSettings(),
             settings=settings, temperature=1.0, max_completion_tokens=tokens, total_updates=10_000, seed=0,

@@ -4,6 +4,9 @@ The weight of a token (its reduction: token, prompt, sample, mixed, constant) is
 before anything is split, and multiplied into the coefficient. So loss and gradient are sums over tokens, the same under
 any split into micro batches and any order of packing. Nothing is padded.
 
+Where the policy takes it, sequences with one prompt are packed as a family: the prompt once, and after it a branch for
+each, its own tokens. A family over the token budget is split, and each part has the prompt again.
+
 Shape suffixes: T tokens of one sequence, N packed tokens of a micro batch (or tokens of a TokenBatch), M loss tokens of
 a micro batch, B sequences, L layers that have a router, K experts a token.
 """
@@ -14,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -67,7 +71,8 @@ class TrainSequence:
     """One completion with its prompt, ready to train on; arrays have shape [T].
 
     loss_mask_T is True where the policy sampled the token; `sequence` and `group` are indices in the generation batch.
-    expert_ids_TLK: the experts of every token but the last while sampling, if they were recorded.
+    prompt_tokens: how many tokens come before the completion. expert_ids_TLK: the experts of every token but the last
+    while sampling, if they were recorded.
     """
 
     token_ids_T: Int32Array
@@ -78,7 +83,19 @@ class TrainSequence:
     sequence: int
     group: int
     prompt_id: str
+    prompt_tokens: int
     expert_ids_TLK: ExpertIdArray | None = None
+
+    @property
+    def prompt_key(self) -> tuple[int, bytes, bytes]:
+        """Equal for sequences that can share a prompt: one group, the same tokens, the same experts."""
+        experts = b"" if self.expert_ids_TLK is None else self.expert_ids_TLK[: self.prompt_tokens].tobytes()
+        return self.group, self.token_ids_T[: self.prompt_tokens].tobytes(), experts
+
+    @property
+    def branch_tokens(self) -> int:
+        """Inputs after the prompt; none where its last token predicts the only loss token."""
+        return self.inputs - self.prompt_tokens
 
     @property
     def loss_tokens(self) -> int:
@@ -94,9 +111,10 @@ class TrainSequence:
 class MicroBatch:
     """Packed sequences of one forward and backward, and the rows among them that predict a loss token.
 
-    ids_N, positions_N: int64; cu_seqlens: int32 [B + 1]; rows_M: int64, increasing; targets_M: int64, the token after
-    each of those rows; tokens: the M loss tokens in the same order; expert_ids_NLK: the experts of each token while
-    sampling, None unless they were recorded for all of them.
+    ids_N, positions_N: int64; cu_seqlens: int32 [B + 1]; rows_M: int64, increasing within a sequence; targets_M: int64,
+    the token that each of those rows predicts; tokens: the M loss tokens in the same order; expert_ids_NLK: the experts
+    of each token while sampling, None unless they were recorded for all of them. families: as `Decoder.forward` takes
+    them; the last row of a prompt with branches is in rows_M once for each of their first tokens.
     """
 
     ids_N: Tensor
@@ -106,12 +124,14 @@ class MicroBatch:
     targets_M: Tensor
     tokens: TokenBatch
     expert_ids_NLK: Tensor | None = None
+    families: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """On another device, but for cu_seqlens, which the decoder reads on the host: there it would have to wait."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cu_seqlens"}
+        """On another device, but for what the decoder reads on the host: there it would have to wait."""
+        of_host = ("cu_seqlens", "families")
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in of_host}
         moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in values.items()}
-        return MicroBatch(cu_seqlens=self.cu_seqlens, **moved)
+        return MicroBatch(cu_seqlens=self.cu_seqlens, families=self.families, **moved)
 
 
 def training_sequences(groups: Sequence[ScoredGroup], advantages: AdvantageBatch) -> list[list[TrainSequence]]:
@@ -144,6 +164,7 @@ def _sequence(rollout: Rollout, advantage: float, sequence: int, group: int) -> 
         sequence=sequence,
         group=group,
         prompt_id=rollout.prompt_id,
+        prompt_tokens=len(prompt),
         expert_ids_TLK=rollout.expert_ids_TLK,
     )
 
@@ -217,16 +238,78 @@ def pack(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
 
 
 def pack_micro_batches(
-    sequences: Sequence[TrainSequence], weights: Sequence[float], tokens_per_micro_batch: int
+    sequences: Sequence[TrainSequence],
+    weights: Sequence[float],
+    tokens_per_micro_batch: int,
+    *,
+    shares_prompts: bool = False,
 ) -> Iterator[MicroBatch]:
-    """The sequences of a mini batch in micro batches under the budget; `weights` is one number a sequence."""
-    for members in pack([sequence.inputs for sequence in sequences], tokens_per_micro_batch):
-        yield _micro_batch([sequences[i] for i in members], [weights[i] for i in members])
+    """The sequences of a mini batch in micro batches under the budget; `weights` is one number a sequence.
+
+    shares_prompts: pack sequences with one prompt as families, for a decoder that takes branches.
+    """
+    parts = _families(sequences, tokens_per_micro_batch) if shares_prompts else [[i] for i in range(len(sequences))]
+    lengths = [sequences[part[0]].prompt_tokens + sum(sequences[i].branch_tokens for i in part) for part in parts]
+    for members in pack(lengths, tokens_per_micro_batch):
+        chosen = [parts[member] for member in members]
+        yield _micro_batch(
+            [[sequences[i] for i in part] for part in chosen], [weights[i] for part in chosen for i in part]
+        )
 
 
-def _micro_batch(sequences: Sequence[TrainSequence], weights: Sequence[float]) -> MicroBatch:
-    lengths = [sequence.inputs for sequence in sequences]
-    starts = np.cumsum([0, *lengths])
+def _families(sequences: Sequence[TrainSequence], budget: int) -> list[list[int]]:
+    """Indices of sequences that share a prompt, in order; in parts under the budget, or of one sequence."""
+    parts: list[list[int]] = []
+    latest: dict[tuple[int, bytes, bytes], tuple[list[int], int]] = {}
+    for index, sequence in enumerate(sequences):
+        key = sequence.prompt_key
+        if key not in latest or latest[key][1] + sequence.branch_tokens > budget:
+            latest[key] = [], sequence.prompt_tokens
+            parts.append(latest[key][0])
+        part, tokens = latest[key]
+        part.append(index)
+        latest[key] = part, tokens + sequence.branch_tokens
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Consecutive packed tokens: from `first` on to before `end` of one sequence."""
+
+    sequence: TrainSequence
+    first: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.first
+
+
+def _pieces(part: Sequence[TrainSequence]) -> list[_Piece]:
+    """A sequence alone in one piece; else the prompt, then what each sequence has after it, if anything."""
+    if len(part) == 1:
+        return [_Piece(part[0], 0, part[0].inputs)]
+    branches = [_Piece(sequence, sequence.prompt_tokens, sequence.inputs) for sequence in part]
+    return [_Piece(part[0], 0, part[0].prompt_tokens), *(branch for branch in branches if branch.length)]
+
+
+def _loss_rows(part: Sequence[TrainSequence], start: int) -> list[npt.NDArray[np.int64]]:
+    """For each sequence of a part that is packed from row `start` on, the rows that predict its loss tokens."""
+    rows, branch = [], start + part[0].prompt_tokens
+    for sequence in part:
+        before = np.flatnonzero(sequence.loss_mask_T) - 1
+        own = before - sequence.prompt_tokens
+        rows.append(np.where(own < 0, start + before, branch + own))
+        branch += sequence.branch_tokens
+    return rows
+
+
+def _micro_batch(parts: Sequence[Sequence[TrainSequence]], weights: Sequence[float]) -> MicroBatch:
+    sequences = [sequence for part in parts for sequence in part]
+    pieces_of_parts = [_pieces(part) for part in parts]
+    pieces = [piece for part in pieces_of_parts for piece in part]
+    starts = np.cumsum([0, *(piece.length for piece in pieces)])
+    families = np.cumsum([0, *map(len, pieces_of_parts)])[:-1]
     targets = [np.flatnonzero(sequence.loss_mask_T) for sequence in sequences]
     counts = [len(places) for places in targets]
 
@@ -238,13 +321,13 @@ def _micro_batch(sequences: Sequence[TrainSequence], weights: Sequence[float]) -
             np.concatenate([getattr(seq, name)[places] for seq, places in zip(sequences, targets, strict=True)])
         )
 
-    ids = np.concatenate([sequence.token_ids_T[: sequence.inputs] for sequence in sequences])
-    rows = np.concatenate([places - 1 + start for places, start in zip(targets, starts, strict=False)])
+    rows = [_loss_rows(part, int(starts[first])) for part, first in zip(parts, families, strict=True)]
+    ids = np.concatenate([piece.sequence.token_ids_T[piece.first : piece.end] for piece in pieces])
     return MicroBatch(
         ids_N=torch.from_numpy(ids).long(),
-        positions_N=torch.cat([torch.arange(length) for length in lengths]),
+        positions_N=torch.cat([torch.arange(piece.first, piece.end) for piece in pieces]),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        rows_M=torch.from_numpy(rows),
+        rows_M=torch.from_numpy(np.concatenate([rows_T for part in rows for rows_T in part])),
         targets_M=gathered("token_ids_T").long(),
         tokens=TokenBatch(
             rollout_logprob_N=gathered("rollout_logprob_T"),
@@ -255,10 +338,15 @@ def _micro_batch(sequences: Sequence[TrainSequence], weights: Sequence[float]) -
             group_N=per_token([sequence.group for sequence in sequences], torch.int64),
             policy_version_N=gathered("policy_version_T").long(),
         ),
-        expert_ids_NLK=_expert_ids(sequences),
+        expert_ids_NLK=_expert_ids(pieces),
+        families=None if len(families) == len(pieces) else tuple(families.tolist()),
     )
 
 
-def _expert_ids(sequences: Sequence[TrainSequence]) -> Tensor | None:
-    parts = [seq.expert_ids_TLK[: seq.inputs] for seq in sequences if seq.expert_ids_TLK is not None]
-    return torch.from_numpy(np.concatenate(parts)) if len(parts) == len(sequences) else None
+def _expert_ids(pieces: Sequence[_Piece]) -> Tensor | None:
+    parts = [
+        piece.sequence.expert_ids_TLK[piece.first : piece.end]
+        for piece in pieces
+        if piece.sequence.expert_ids_TLK is not None
+    ]
+    return torch.from_numpy(np.concatenate(parts)) if len(parts) == len(pieces) else None

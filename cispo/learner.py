@@ -46,6 +46,7 @@ class Learner:
     decoder: the policy, trained in place. temperature: that of sampling; logprobs on both sides are taken at it.
     max_completion_tokens: the constant of Dr. GRPO unless its settings name one. total_updates: length of the learning
     rate's schedule. reference: a frozen policy for the KL penalty, needed exactly when the objective has one.
+    shares_prompts: whether the completions of a group are packed with their prompt once, where the policies take that.
     """
 
     def __init__(
@@ -65,6 +66,10 @@ class Learner:
             raise ValueError("a reference policy is needed exactly when kl_coefficient is above 0")
         self.decoder = decoder
         self.policy_version = 0
+        # The load-balancing loss counts tokens, and a prompt would count as often as the split has copies of it.
+        is_counted = settings.router_aux_loss_coef > 0
+        policies = [decoder] if reference is None else [decoder, reference]
+        self.shares_prompts = not is_counted and all(policy.takes_branches for policy in policies)
         self._reference = reference
         self._objective_settings = objective
         self._objective = build_objective(objective)
@@ -130,7 +135,8 @@ class Learner:
             mixed_sample_weight=getattr(settings, "mixed_sample_weight", None),
             normaliser_tokens=normaliser or self._max_completion_tokens,
         )
-        return pack_micro_batches(sequences, weights, self._settings.tokens_per_micro_batch)
+        budget = self._settings.tokens_per_micro_batch
+        return pack_micro_batches(sequences, weights, budget, shares_prompts=self.shares_prompts)
 
     @torch.no_grad()
     def _scored(self, micro: MicroBatch, record: StepRecord) -> MicroBatch:
@@ -156,7 +162,12 @@ class Learner:
         replayed_ids_NLK = _recorded_experts(micro) if is_replayed else None
         routing = RoutingControl(replayed_ids_NLK=replayed_ids_NLK, sums=sums) if is_replayed or sums else None
         hidden_MD: Tensor = decoder(
-            micro.ids_N, micro.positions_N, micro.cu_seqlens, rows_M=micro.rows_M, routing=routing
+            micro.ids_N,
+            micro.positions_N,
+            micro.cu_seqlens,
+            rows_M=micro.rows_M,
+            routing=routing,
+            families=micro.families,
         )
         return hidden_MD
 

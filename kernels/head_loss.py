@@ -7,7 +7,8 @@ logits:
     loss = -sum_n c_n logprob_n        dloss/dlogit_nv = -c_n (1[v = target_n] - p_nv) / temperature
 
 Logits and everything after them are float32. Rows are computed in blocks; a row's values do not depend on its block.
-On CPU cispo.kernels.head_cpu does all of that in float32, and sampling takes its logprobs from the same place.
+On CPU cispo.kernels.head_cpu does all of that in float32, on CUDA cispo.kernels.gpu.head; sampling takes its logprobs
+from the same places.
 
 N rows, V vocabulary, D model width, C rows of one block.
 """
@@ -37,10 +38,21 @@ class HeadLoss:
     entropy_N: Tensor
 
 
+def _on_gpu(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
+    """Whether the CUDA kernels take this head; only asked of a CUDA tensor are they imported."""
+    if not hidden_ND.is_cuda:
+        return False
+    from cispo.kernels.gpu import head as gpu
+
+    return gpu.serves(hidden_ND, weight_VD)
+
+
 def head_logits(hidden_ND: Tensor, weight_VD: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Float32 logits [N, V] at a temperature; hidden and weight in one dtype, products accumulated in float32."""
-    if hidden_ND.is_cuda and hidden_ND.dtype is not torch.float32:
-        logits_NV = torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32)
+    if hidden_ND.is_cuda and hidden_ND.dtype is torch.bfloat16:
+        from cispo.kernels.gpu.product import product as gpu_product
+
+        logits_NV = gpu_product(hidden_ND, weight_VD, torch.float32)
     else:
         logits_NV = product(hidden_ND.float(), weight_VD.float())
     if temperature == 1.0:
@@ -68,6 +80,10 @@ def head_logprobs(
     """
     if head_cpu.serves(hidden_ND, weight_VD):
         return head_cpu.head_logprobs(hidden_ND, weight_VD, targets_N, temperature)
+    if _on_gpu(hidden_ND, weight_VD):
+        from cispo.kernels.gpu import head as gpu
+
+        return gpu.head_logprobs(hidden_ND, weight_VD, targets_N, temperature)
     logprob_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
     entropy_N = torch.empty_like(logprob_N)
     for rows in _blocks(hidden_ND.shape[0]):
@@ -127,6 +143,10 @@ def head_policy_loss(
     if head_cpu.serves(hidden_ND, weight_VD):
         blocks = _blocks(hidden_ND.shape[0])
         outputs = head_cpu.head_policy_loss(hidden_ND, weight_VD, targets_N, coefficients, temperature, blocks)
+    elif _on_gpu(hidden_ND, weight_VD):
+        from cispo.kernels.gpu import head as gpu
+
+        outputs = gpu.head_policy_loss(hidden_ND, weight_VD, targets_N, coefficients, temperature)
     else:
         apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _HeadPolicyLoss.apply
         outputs = apply(hidden_ND, weight_VD, targets_N, coefficients, temperature)

@@ -40,7 +40,7 @@ class Decays:
 
     within_CHC and query_CH11 are M and lq by row, for the one row of a decode step. table_HT is what the CPU kernels
     read: exp(-s (63 - u)) for u = 0 .. 63, zeros for u = 64 .. 127, then lq. Row i of M is the 64 values from 63 - i,
-    lk its first 64 values, lam its last.
+    lk its first 64 values, lam its last. slopes_H is what the CUDA kernels read, float32.
     """
 
     within_HCC: Tensor
@@ -50,6 +50,7 @@ class Decays:
     within_CHC: Tensor
     query_CH11: Tensor
     table_HT: Tensor
+    slopes_H: Tensor
 
 
 def decays(slopes_H: Tensor) -> Decays:
@@ -68,6 +69,7 @@ def decays(slopes_H: Tensor) -> Decays:
         within_CHC=within_HCC.transpose(0, 1).contiguous(),
         query_CH11=query_HC1.transpose(0, 1).unsqueeze(3).contiguous(),
         table_HT=torch.cat((key_HC1, torch.zeros_like(key_HC1), query_HC1), dim=1).squeeze(2),
+        slopes_H=slopes_H.float().contiguous(),
     )
 
 
@@ -145,14 +147,40 @@ def _is_served(qkv_NI: Tensor, slopes: Decays) -> bool:
     return cpu_library.serves(qkv_NI) and lightning_cpu.takes(qkv_NI.shape[1] // (3 * heads))
 
 
+def keeps_copy(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether decode wants the fourth cache, `copy_SHDD`: half the bytes a step, the same bits."""
+    return device.type == "cuda" and dtype is torch.bfloat16 and dim in (64, 128)
+
+
+def _refuse_copy(copy_SHDD: Tensor | None, qkv_NI: Tensor) -> None:
+    if copy_SHDD is not None:
+        raise ValueError(
+            f"only the CUDA kernels read a rounded copy of the state, and they do not take {qkv_NI.dtype} projections "
+            f"of strides {qkv_NI.stride()} on {qkv_NI.device}; leave copy_SHDD out"
+        )
+
+
+def _is_on_cuda(qkv_NI: Tensor, slopes: Decays) -> bool:
+    """Whether the Triton kernels take it: bfloat16 on CUDA, heads of 64 or 128, rows as their loads want them."""
+    dim = qkv_NI.shape[1] // (3 * slopes.slopes_H.shape[0])
+    is_aligned = qkv_NI.stride(1) == 1 and qkv_NI.stride(0) % 16 == 0 and qkv_NI.data_ptr() % 16 == 0
+    return keeps_copy(dim, qkv_NI.dtype, qkv_NI.device) and is_aligned
+
+
 def lightning_attention(qkv_NI: Tensor, slopes: Decays, grid: ChunkGrid) -> Tensor:
-    """o_t = sum_{j <= t} exp(-s (t - j)) (q_t . k_j) v_j for every packed sequence; float32 [N, J]. No 1/sqrt(D) scale.
+    """o_t = sum_{j <= t} exp(-s (t - j)) (q_t . k_j) v_j for every packed sequence; [N, J]. No 1/sqrt(D) scale.
 
     qkv_NI: projections before SiLU, any float dtype; columns of a wider buffer will do. slopes: `decays` of the layer.
-    Differentiable in qkv_NI.
+    Differentiable in qkv_NI. The result is float32, but bfloat16 from the CUDA kernels: it is rounded next in any case.
+    The CPU kernels take branches too, which go on from their prompt; the others refuse them.
     """
     if _is_served(qkv_NI, slopes):
-        return lightning_cpu.attention(qkv_NI, slopes.table_HT, grid.lengths)
+        return lightning_cpu.attention(qkv_NI, slopes.table_HT, grid)
+    grid.refuse_branches()
+    if _is_on_cuda(qkv_NI, slopes):
+        from cispo.kernels.gpu import lightning_backward
+
+        return lightning_backward.attention(qkv_NI, slopes.slopes_H, grid)
     grids = [grid.scatter(x) for x in _heads(qkv_NI, slopes.table_HT.shape[0])]
     apply: Callable[..., Tensor] = _LightningAttention.apply
     return grid.gather(apply(*grids, grid, slopes)).flatten(1)
@@ -167,7 +195,7 @@ def gated_lightning_attention(
     """
     inner = norm_J.numel()
     if _is_served(qkv_gate_NK[:, : 3 * inner], slopes) and cpu_library.serves(norm_J):
-        return lightning_cpu.gated_attention(qkv_gate_NK, norm_J, epsilon, slopes.table_HT, grid.lengths)
+        return lightning_cpu.gated_attention(qkv_gate_NK, norm_J, epsilon, slopes.table_HT, grid)
     qkv_NI, gate_NJ = qkv_gate_NK.split([3 * inner, inner], dim=1)
     out_NJ = lightning_attention(qkv_NI, slopes, grid).to(qkv_gate_NK.dtype)
     return gated_norm(out_NJ, gate_NJ, norm_J, epsilon)
@@ -181,17 +209,29 @@ def lightning_prefill(
     state_SHDD: Tensor,
     k_recent_SHDC: Tensor,
     v_recent_SHCD: Tensor,
+    copy_SHDD: Tensor | None = None,
 ) -> Tensor:
     """`lightning_attention` of pieces that go on from three caches, and leave there what the next piece goes on from.
 
     A piece whose start is past 0 reads what its slot of slot_B (int64) was left with; every piece leaves, at its end,
     the state at the last chunk boundary (float32), and the keys (transposed) and values of the rows since, in the dtype
     of the projections. At a multiple of 64 the full last chunk is in the state already and there are no recent rows.
-    What the caches hold of rows not yet written means nothing. Not differentiable.
+    What the caches hold of rows not yet written means nothing. Not differentiable. copy_SHDD: a fourth cache, the state
+    rounded to bfloat16, which the CUDA kernels' decode step reads in its place; only they take one (ValueError).
     """
+    grid.refuse_branches()
     caches = (state_SHDD, k_recent_SHDC, v_recent_SHCD)
+    if _is_on_cuda(qkv_NI, slopes):
+        from cispo.kernels.gpu import lightning_forward
+
+        qkv_NI = lightning_forward.silu_rows(qkv_NI)
+        out_NJ = lightning_forward.prefill(qkv_NI, slopes.slopes_H, grid, slot_B, *caches)
+        if copy_SHDD is not None:
+            copy_SHDD.index_copy_(0, slot_B, state_SHDD.index_select(0, slot_B).to(copy_SHDD.dtype))
+        return out_NJ
+    _refuse_copy(copy_SHDD, qkv_NI)
     if _is_served(qkv_NI, slopes):
-        return lightning_cpu.prefill(qkv_NI, slopes.table_HT, grid.lengths, grid.starts, slot_B, *caches)
+        return lightning_cpu.prefill(qkv_NI, slopes.table_HT, grid, slot_B, *caches)
     q, k, v = (grid.scatter(x) for x in _heads(qkv_NI, slopes.table_HT.shape[0]))
     state, k_recent, v_recent = (cache.index_select(0, slot_B).float() for cache in caches)
     starts_B = torch.tensor(grid.starts, device=k.device).view(-1, 1, 1, 1)
@@ -228,13 +268,21 @@ def lightning_decode(
     state_SHDD: Tensor,
     k_recent_SHDC: Tensor,
     v_recent_SHCD: Tensor,
+    copy_SHDD: Tensor | None = None,
 ) -> Tensor:
-    """One token for each of the sequences in slots 0 .. B - 1; float32 [B, J]. The three caches are updated in place.
+    """One token for each of the sequences in slots 0 .. B - 1; [B, J], in `lightning_attention`'s dtype.
+
+    The caches are updated in place; copy_SHDD as in `lightning_prefill`.
 
     qkv_BI: projections before SiLU. every_B: 0 .. B - 1, int64. row_B: row of the token in its chunk (position modulo
     64), int64. full_rows: indices of the sequences whose chunk this token completes (int64), or None when there is
-    none; their state takes the chunk in and the rows start anew.
+    none; their state takes the chunk in and the rows start anew. The CUDA kernels find them in row_B themselves.
     """
+    if _is_on_cuda(qkv_BI, slopes):
+        from cispo.kernels.gpu import lightning_decode as cuda
+
+        return cuda.decode(qkv_BI, slopes.slopes_H, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD, copy_SHDD)
+    _refuse_copy(copy_SHDD, qkv_BI)
     if _is_served(qkv_BI, slopes):
         return lightning_cpu.decode(qkv_BI, slopes.table_HT, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD)
     state, k_recent, v_recent = (cache[: len(qkv_BI)] for cache in (state_SHDD, k_recent_SHDC, v_recent_SHCD))

@@ -2,7 +2,7 @@
 
 The CPU kernel gives that by construction: every element is one chain of multiply-adds in order of K. Libraries pick
 another kernel for one to three rows; rows padded to a multiple of 4 avoid that on every processor measured, together
-with the settings of cispo.model.arithmetic.
+with the settings of cispo.model.arithmetic. On CUDA, bfloat16 products are those of cispo.kernels.gpu.product.
 
 N rows, K inner dimension, M outputs.
 """
@@ -101,6 +101,11 @@ def product(x_NK: Tensor, weight_MK: Tensor) -> Tensor:
         x_NK = x_NK if x_NK.stride(1) == 1 else x_NK.contiguous()
         weight_MK = weight_MK if weight_MK.is_contiguous() else weight_MK.contiguous()
         return _differentiable_product(x_NK, weight_MK) if torch.is_grad_enabled() else _cpu_product(x_NK, weight_MK)
+    if x_NK.is_cuda:
+        from cispo.kernels.gpu import product as gpu
+
+        if gpu.serves(x_NK, weight_MK):
+            return gpu.product(x_NK, weight_MK)
     rows = x_NK.shape[0]
     spare = -rows % ROW_MULTIPLE
     if spare:

@@ -4,8 +4,9 @@ Keys are walked in tiles of 64 from the start of the sequence with the online so
 2205.14135, algorithm 1): running row maximum m, running sum l, running output. A query meets the same tiles in the same
 order whether it is one of many in training or alone in decode, so it gets the same bits. Arithmetic is float32.
 
-Float32 on CPU goes to the kernels in kernels/cpu (`softmax_cpu`) for head dims that are multiples of 16 up to 128;
-here is their plain-PyTorch twin, for everything else. Both keep keys across, [D, C], in pages and tiles.
+Float32 on CPU goes to the kernels in kernels/cpu (`softmax_cpu`) for head dims that are multiples of 16 up to 128, and
+bfloat16 on CUDA to Triton (kernels/gpu/softmax.py) for head dims 64 and 128; here is their plain-PyTorch twin, for
+everything else. All keep keys across, [D, C], in pages and tiles. On CUDA operands and outputs are bfloat16 there.
 
 N packed tokens, X = (H + 2 K) * D columns of their projection (queries, keys, values), M chunks (query and key tiles
 alike), B sequences, H query heads, K key heads, G = H / K query heads a key head, C = 64 rows of a tile, D head dim,
@@ -25,6 +26,10 @@ from cispo.kernels.softmax_cpu import Pages
 
 _QUERY_ROWS = 4
 """Rows that one decoded query is padded to: a single row takes another path through the library's product."""
+
+_TRITON_DIMS = (64, 128)
+_TRITON_ROWS = 64
+"""Query heads of a key head that fit the tile of the decode kernel."""
 
 _Running = tuple[Tensor, Tensor, Tensor]
 
@@ -117,6 +122,7 @@ def _on_grid(
     qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [M, K, G*C, D], keys [M, K, D, C] and values [M, K, C, D], rotated and scaled."""
+    grid.refuse_branches()
     q, k, v = _rotated_heads(qkv_NX, rotary_N2R, heads, key_heads)
     q = grid.scatter(q).view(-1, key_heads, heads // key_heads * CHUNK_LENGTH, q.shape[2])
     return q, grid.scatter(k).transpose(2, 3).contiguous(), grid.scatter(v)
@@ -165,14 +171,30 @@ def _head_dim(qkv_NX: Tensor, heads: int, key_heads: int) -> int:
     return qkv_NX.shape[1] // (heads + 2 * key_heads)
 
 
+def _is_for_triton(qkv_NX: Tensor, heads: int, key_heads: int) -> bool:
+    """Whether the CUDA kernels take these rows: the same answer in training, prefill and decode."""
+    if not qkv_NX.is_cuda or qkv_NX.dtype is not torch.bfloat16:
+        return False
+    return _head_dim(qkv_NX, heads, key_heads) in _TRITON_DIMS and heads <= key_heads * _TRITON_ROWS
+
+
 def softmax_attention(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid) -> Tensor:
-    """Causal attention within each packed sequence, scaled by 1/sqrt(D); float32 [N, H * D], differentiable in qkv.
+    """Causal attention within each packed sequence, scaled by 1/sqrt(D); [N, H * D], differentiable in qkv.
+
+    Float32, but in the dtype of qkv_NX where Triton serves it.
+
+    The CPU kernels take branches too: their queries see the keys of their prompt and their own. The others refuse them.
 
     qkv_NX: projections, queries of H heads, then keys and values of K; query head h reads key head h // (H / K).
     rotary_N2R: cosines and sines of each token's position, float32 [N, 2, R / 2]; see `rotate`.
     """
     if softmax_cpu.serves(qkv_NX, rotary_N2R, _head_dim(qkv_NX, heads, key_heads)):
-        return softmax_cpu.attention(qkv_NX, rotary_N2R, heads, key_heads, grid.lengths)
+        return softmax_cpu.attention(qkv_NX, rotary_N2R, heads, key_heads, grid)
+    grid.refuse_branches()
+    if _is_for_triton(qkv_NX, heads, key_heads):
+        from cispo.kernels.gpu import softmax
+
+        return softmax.attention(qkv_NX, rotary_N2R, heads, key_heads, grid)
     return _twin_attention(qkv_NX, rotary_N2R, heads, key_heads, grid)
 
 
@@ -185,20 +207,28 @@ def softmax_prefill(
     from. pages.table_BJ has a row a piece. Not differentiable.
     """
     if softmax_cpu.serves(qkv_NX, rotary_N2R, _head_dim(qkv_NX, heads, key_heads)):
-        return softmax_cpu.prefill(qkv_NX, rotary_N2R, heads, key_heads, grid.lengths, grid.starts, pages)
+        return softmax_cpu.prefill(qkv_NX, rotary_N2R, heads, key_heads, grid, pages)
+    if _is_for_triton(qkv_NX, heads, key_heads):
+        from cispo.kernels.gpu import softmax
+
+        return softmax.prefill(qkv_NX, rotary_N2R, heads, key_heads, grid, pages)
     return _twin_prefill(qkv_NX, rotary_N2R, heads, key_heads, grid, pages)
 
 
 def softmax_decode(
     qkv_BX: Tensor, rotary_B2R: Tensor, heads: int, key_heads: int, pages: Pages, position_B: Tensor, active: int
 ) -> Tensor:
-    """One more token of each sequence, appended to its pages, against all its keys; float32 [B, H * D].
+    """One more token of each sequence, appended to its pages, against all its keys; [B, H * D], as `softmax_attention`.
 
     position_B: position of the token, int64; pages.table_BJ reaches the longest sequence at least. Rows from `active`
     on are idle: their outputs are of no use, and their page (which may be shared by idle rows alone) too.
     """
     if softmax_cpu.serves(qkv_BX, rotary_B2R, _head_dim(qkv_BX, heads, key_heads)):
         return softmax_cpu.decode(qkv_BX, rotary_B2R, heads, key_heads, pages, position_B, active)
+    if _is_for_triton(qkv_BX, heads, key_heads):
+        from cispo.kernels.gpu import softmax
+
+        return softmax.decode(qkv_BX, rotary_B2R, heads, key_heads, pages, position_B)
     return _twin_decode(qkv_BX, rotary_B2R, heads, key_heads, pages, position_B)
 
 

@@ -7,20 +7,20 @@ R / 2 pairs of rotated dims, C = 64 rows of a page, P pages of a cache, J pages 
 """
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cispo.kernels import cpu_library
+from cispo.kernels.chunks import ChunkGrid
 from cispo.kernels.cpu_library import CpuFunction
 
 _LANES = 16
 _LARGEST_DIM = 128
 
-_forward = CpuFunction("softmax_forward", "pppiiiiipppppipi")
-_backward = CpuFunction("softmax_backward", "pppiiiiippppi")
+_forward = CpuFunction("softmax_forward", "pppppiiiiipppppii")
+_backward = CpuFunction("softmax_backward", "pppppiiiiippppi")
 _decode = CpuFunction("softmax_decode", "ppniiiipppippt")
 
 
@@ -37,8 +37,8 @@ def serves(qkv_NX: Tensor, rotary_N2R: Tensor, dim: int) -> bool:
     return dim % _LANES == 0 and dim <= _LARGEST_DIM and cpu_library.serves(qkv_NX, rotary_N2R)
 
 
-def _ends(lengths: tuple[int, ...]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)])
+def _packing(grid: ChunkGrid) -> tuple[Tensor, Tensor, Tensor, int]:
+    return grid.ends_B, grid.starts_B, grid.families_F, len(grid.families) - 1
 
 
 def _attend(
@@ -46,18 +46,17 @@ def _attend(
     rotary_N2R: Tensor,
     heads: int,
     key_heads: int,
-    ends: Tensor,
-    pages: Pages | None,
-    logsumexp_NH: Tensor | None,
-    start_B: Tensor | None = None,
+    grid: ChunkGrid,
+    pages: Pages | None = None,
+    logsumexp_NH: Tensor | None = None,
 ) -> Tensor:
     tokens, columns = qkv_NX.shape
     dim = columns // (heads + 2 * key_heads)
     out = torch.empty(tokens, heads * dim)
     _forward(
-        qkv_NX, rotary_N2R, ends, len(ends) - 1, heads, key_heads, dim, rotary_N2R.shape[2],
+        qkv_NX, rotary_N2R, *_packing(grid), heads, key_heads, dim, rotary_N2R.shape[2],
         out, logsumexp_NH, *(pages or (None, None, None)), pages.table_BJ.stride(0) if pages else 0,
-        start_B, torch.get_num_threads(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -70,21 +69,21 @@ class _SoftmaxAttention(torch.autograd.Function):
         rotary_N2R: Tensor,
         heads: int,
         key_heads: int,
-        lengths: tuple[int, ...],
+        grid: ChunkGrid,
     ) -> Tensor:
-        ends, logsumexp = _ends(lengths), torch.empty(qkv_NX.shape[0], heads)
-        out = _attend(qkv_NX, rotary_N2R, heads, key_heads, ends, None, logsumexp)
-        ctx.save_for_backward(qkv_NX, rotary_N2R, ends, out, logsumexp)
-        ctx.heads, ctx.key_heads = heads, key_heads
+        logsumexp = torch.empty(qkv_NX.shape[0], heads)
+        out = _attend(qkv_NX, rotary_N2R, heads, key_heads, grid, None, logsumexp)
+        ctx.save_for_backward(qkv_NX, rotary_N2R, out, logsumexp)
+        ctx.heads, ctx.key_heads, ctx.grid = heads, key_heads, grid
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, rotary, ends, out, logsumexp = ctx.saved_tensors
+        qkv, rotary, out, logsumexp = ctx.saved_tensors
         dqkv = torch.empty_like(qkv)
         dim = qkv.shape[1] // (ctx.heads + 2 * ctx.key_heads)
         _backward(
-            qkv, rotary, ends, len(ends) - 1, ctx.heads, ctx.key_heads, dim, rotary.shape[2],
+            qkv, rotary, *_packing(ctx.grid), ctx.heads, ctx.key_heads, dim, rotary.shape[2],
             out, logsumexp, gradients[0].contiguous(), dqkv, torch.get_num_threads(),
         )  # fmt: skip
         return dqkv, None, None, None, None
@@ -93,26 +92,18 @@ class _SoftmaxAttention(torch.autograd.Function):
 _differentiable: Callable[..., Tensor] = _SoftmaxAttention.apply
 
 
-def attention(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, lengths: tuple[int, ...]) -> Tensor:
-    """Causal attention of packed sequences, float32 [N, H * D]; differentiable in qkv_NX."""
+def attention(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid) -> Tensor:
+    """Causal attention of packed sequences and families, float32 [N, H * D]; differentiable in qkv_NX."""
     qkv_NX, rotary_N2R = qkv_NX.contiguous(), rotary_N2R.contiguous()
     if torch.is_grad_enabled() and qkv_NX.requires_grad:
-        return _differentiable(qkv_NX, rotary_N2R, heads, key_heads, lengths)
-    return _attend(qkv_NX, rotary_N2R, heads, key_heads, _ends(lengths), None, None)
+        return _differentiable(qkv_NX, rotary_N2R, heads, key_heads, grid)
+    return _attend(qkv_NX, rotary_N2R, heads, key_heads, grid)
 
 
-def prefill(
-    qkv_NX: Tensor,
-    rotary_N2R: Tensor,
-    heads: int,
-    key_heads: int,
-    lengths: tuple[int, ...],
-    starts: tuple[int, ...],
-    pages: Pages,
-) -> Tensor:
-    """Pieces from position `starts` on against all keys before them in `pages`, where theirs are left too."""
-    qkv_NX, rotary_N2R = qkv_NX.contiguous(), rotary_N2R.contiguous()
-    return _attend(qkv_NX, rotary_N2R, heads, key_heads, _ends(lengths), pages, None, torch.tensor(starts))
+def prefill(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid, pages: Pages) -> Tensor:
+    """Pieces from position `grid.starts` on against all keys before them in `pages`, where theirs are left too."""
+    grid.refuse_branches()
+    return _attend(qkv_NX.contiguous(), rotary_N2R.contiguous(), heads, key_heads, grid, pages)
 
 
 def decode(

@@ -9,6 +9,7 @@ here knows of padding: tokens of all sequences lie one after the other, and `cu_
 N packed tokens, B sequences, D model width, V vocabulary, E experts, F expert width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -162,6 +163,14 @@ class Decoder(nn.Module):
             self._trained_rows = weight.detach()[: self.trained_ids]
         return self._trained_rows
 
+    @property
+    def takes_branches(self) -> bool:
+        """Whether `forward` takes families: a prompt packed once with the sequences that go on from it.
+
+        The CPU kernels of attention do, in float32 and for the head dims they serve; their twins take whole sequences.
+        """
+        return all(layer.mixer.takes_branches for layer in self.layers if isinstance(layer, Layer))
+
     def initialise(self, seed: int) -> None:
         """Draw every matrix from N(0, initializer_range^2), in order of names; norms are ones and biases zeros."""
         generator = torch.Generator().manual_seed(seed)
@@ -181,6 +190,7 @@ class Decoder(nn.Module):
         cache: PrefillTarget | None = None,
         rows_M: Tensor | None = None,
         routing: RoutingControl | None = None,
+        families: Sequence[int] | None = None,
     ) -> Tensor:
         """Hidden states of packed tokens, after the final norm; [N, D] in the weights' dtype, or [M, D].
 
@@ -188,12 +198,14 @@ class Decoder(nn.Module):
         [B + 1], where each sequence starts and the last one ends. cache: what `DecodeCache.extend` gave for these
         lengths; then what is packed are pieces, which go on from what the cache holds of their sequences and leave
         there what the next piece, or `decode`, goes on from. rows_M: int64 indices of the tokens whose hidden states
-        are asked for, if not all: what no other token reads of the last layer is computed for these alone. routing:
-        what to tell the routers, and what to read back from them.
+        are asked for, if not all: what no other token reads of the last layer is computed for these alone; a row may be
+        asked for more than once. routing: what to tell the routers, and what to read back from them. families: the
+        first sequence of each family, where the others of a family are branches, whose tokens go on from the end of the
+        first with positions to match (see `takes_branches`); None where all are whole.
         """
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("a forward that goes on from a cache has no gradients; call it under torch.no_grad()")
-        grid = chunk_grid(cu_seqlens.diff().tolist(), ids_N.device, cache.starts if cache else None)
+        grid = chunk_grid(cu_seqlens.diff().tolist(), ids_N.device, cache.starts if cache else None, families)
         ends = map(sum, zip(grid.starts, grid.lengths, strict=True))
         rotary = self._rotary(max(ends)).index_select(0, positions_N)
         rows, next_norms = self._normalise(F.embedding(ids_N, self.embedding))

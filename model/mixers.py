@@ -1,7 +1,8 @@
 """Token mixers: lightning attention and softmax attention behind one seam.
 
 A mixer maps normalised rows to rows, packed (`forward`) or one token a sequence (`decode`), and declares the state it
-keeps between the two (`state_specs`). A new kind of mixer is one class with these three methods.
+keeps between the two (`state_specs`), and whether it takes branches of a shared prompt. A new kind of mixer is one
+class with these methods.
 
 N packed tokens, B sequences, D model width, H heads, K key heads, A head dim.
 """
@@ -12,12 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cispo.kernels import cpu_library, lightning_cpu, softmax_cpu
 from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid
 from cispo.kernels.cpu_library import unrecorded
 from cispo.kernels.lightning_attention import (
     Decays,
     decays,
     gated_lightning_attention,
+    keeps_copy,
     lightning_decode,
     lightning_prefill,
 )
@@ -37,6 +40,9 @@ class Mixer(Protocol):
     """What the decoder asks of a token mixer."""
 
     def state_specs(self) -> list[StateSpec]: ...
+
+    @property
+    def takes_branches(self) -> bool: ...
 
     def __call__(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
@@ -79,11 +85,19 @@ class LightningMixer(nn.Module):
         return self._decays
 
     def state_specs(self) -> list[StateSpec]:
-        return [
+        specs = [
             StateSpec("state", (self.heads, self.head_dim, self.head_dim), torch.float32, is_paged=False),
             StateSpec("k_recent", (self.heads, self.head_dim, CHUNK_LENGTH), self.out.dtype, is_paged=False),
             StateSpec("v_recent", (self.heads, CHUNK_LENGTH, self.head_dim), self.out.dtype, is_paged=False),
         ]
+        if keeps_copy(self.head_dim, self.out.dtype, self.out.device):
+            shape = (self.heads, self.head_dim, self.head_dim)
+            specs.append(StateSpec("state_copy", shape, self.out.dtype, is_paged=False))
+        return specs
+
+    @property
+    def takes_branches(self) -> bool:
+        return cpu_library.serves(self.qkv_gate, self.norm) and lightning_cpu.takes(self.head_dim)
 
     def _split(self, qkv_gate: Tensor) -> tuple[Tensor, Tensor]:
         inner = self.heads * self.head_dim
@@ -99,13 +113,13 @@ class LightningMixer(nn.Module):
         qkv_gate, slopes = product(x_ND, self.qkv_gate), self.decays(x_ND.device)
         if state is not None and target is not None:
             qkv, gate = self._split(qkv_gate)
-            caches = state["state"], state["k_recent"], state["v_recent"]
+            caches = state["state"], state["k_recent"], state["v_recent"], state.get("state_copy")
             return self._finish(lightning_prefill(qkv, slopes, grid, target.slot_B, *caches), gate)
         return product(gated_lightning_attention(qkv_gate, self.norm, _LIGHTNING_NORM_EPSILON, slopes, grid), self.out)
 
     def decode(self, x_BD: Tensor, rotary_BA: Tensor, step: DecodeStep, state: State) -> Tensor:
         qkv, gate = self._split(product(x_BD, self.qkv_gate))
-        caches = state["state"], state["k_recent"], state["v_recent"]
+        caches = state["state"], state["k_recent"], state["v_recent"], state.get("state_copy")
         slopes = self.decays(x_BD.device)
         return self._finish(lightning_decode(qkv, slopes, step.every_B, step.row_B, step.full_rows, *caches), gate)
 
@@ -154,6 +168,10 @@ class SoftmaxMixer(nn.Module):
             StateSpec("k_pages", (self.key_heads, *keys), self.out.dtype, is_paged=True),
             StateSpec("v_pages", (self.key_heads, *values), self.out.dtype, is_paged=True),
         ]
+
+    @property
+    def takes_branches(self) -> bool:
+        return softmax_cpu.serves(self.qkv, self.out, self.head_dim)
 
     def forward(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None

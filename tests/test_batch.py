@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cispo.advantage import AdvantageSettings, group_advantages
 from cispo.batch import (
+    MicroBatch,
     TrainSequence,
     pack,
     pack_micro_batches,
@@ -33,7 +34,8 @@ def turn(rng: np.random.Generator, mask: list[bool]) -> Turn:
 
 
 def rollout(rng: np.random.Generator, prompt_tokens: int, *masks: list[bool], prompt_id: str = "p") -> Rollout:
-    prompt = rng.integers(0, 99, prompt_tokens).astype(np.int32)
+    """One prompt for each length, as the completions of a group have one."""
+    prompt = np.arange(prompt_tokens, dtype=np.int32)
     return Rollout(prompt_id, 0, prompt, tuple(turn(rng, mask) for mask in masks), StopReason.EOS, "text")
 
 
@@ -76,9 +78,21 @@ def test_packs_are_few() -> None:
     assert len(pack([6, 4, 5, 5, 7, 3], 10)) == 3
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 60))
-def test_micro_batches_hold_exactly_the_loss_tokens(seed: int, count: int, budget: int) -> None:
+def context(micro: MicroBatch, row: int) -> tuple[int, ...]:
+    """The tokens that a packed row sees: of its piece up to itself, after those of the prompt if it is a branch."""
+    starts = micro.cu_seqlens.tolist()
+    families = range(len(starts) - 1) if micro.families is None else micro.families
+    piece = max(index for index, start in enumerate(starts[:-1]) if start <= row)
+    first = max(index for index in families if index <= piece)
+    prompt = micro.ids_N[starts[first] : starts[first + 1]].tolist() if first < piece else []
+    seen = (*prompt, *micro.ids_N[starts[piece] : row + 1].tolist())
+    assert int(micro.positions_N[row]) == len(seen) - 1
+    return seen
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 60), st.booleans())
+def test_micro_batches_hold_exactly_the_loss_tokens(seed: int, count: int, budget: int, shares_prompts: bool) -> None:
     sequences = sequences_of(random_groups(seed, count))
     weights = [float(np.float32(1 / (1 + i))) for i in range(len(sequences))]
     want = set()
@@ -88,29 +102,48 @@ def test_micro_batches_hold_exactly_the_loss_tokens(seed: int, count: int, budge
             version = int(sequence.policy_version_T[place])
             want.add((sequence.sequence, tuple(ids[:place]), int(ids[place]), logprob, version, weight))
     got = []
-    for micro in pack_micro_batches(sequences, weights, budget):
+    for micro in pack_micro_batches(sequences, weights, budget, shares_prompts=shares_prompts):
         assert micro.cu_seqlens.dtype == torch.int32
         assert int(micro.cu_seqlens[-1]) == len(micro.ids_N) == len(micro.positions_N)
-        starts = micro.cu_seqlens.tolist()
-        assert bool((micro.rows_M.diff() > 0).all())
+        assert bool((micro.cu_seqlens.diff() > 0).all())
+        tokens = micro.tokens
+        assert len(micro.ids_N) <= budget or len(tokens.sequence_N.unique()) == 1
         for m, row in enumerate(micro.rows_M.tolist()):
-            start = max(begin for begin in starts[:-1] if begin <= row)
-            assert int(micro.positions_N[row]) == row - start
-            tokens = micro.tokens
             got.append(
                 (
                     int(tokens.sequence_N[m]),
-                    tuple(micro.ids_N[start : row + 1].tolist()),
+                    context(micro, row),
                     int(micro.targets_M[m]),
                     float(tokens.rollout_logprob_N[m]),
                     int(tokens.policy_version_N[m]),
                     float(tokens.weight_N[m]),
                 )
             )
-        assert int(micro.rows_M[-1]) == len(micro.ids_N) - 1, "tokens after the last loss token are not computed"
-        assert bool(micro.tokens.loss_mask_N.all())
+        assert int(micro.rows_M.max()) == len(micro.ids_N) - 1, "tokens after the last loss token are not computed"
+        assert bool(tokens.loss_mask_N.all())
     assert len(got) == len(want)
     assert set(got) == want
+
+
+def packed_tokens(sequences: list[TrainSequence], budget: int) -> list[int]:
+    packed = pack_micro_batches(sequences, [1.0] * len(sequences), budget, shares_prompts=True)
+    return [len(micro.ids_N) for micro in packed]
+
+
+def test_a_prompt_is_packed_once_for_each_part_of_its_group() -> None:
+    rng = np.random.default_rng(0)
+    rollouts = tuple(rollout(rng, 10, [True] * length) for length in (1, 4, 4, 4))
+    scores = tuple(Score(float(i)) for i in range(4))
+    sequences = sequences_of([ScoredGroup(Prompt(f"p{i}", "text"), rollouts, scores) for i in range(2)])
+    assert packed_tokens(sequences, 100) == [2 * (10 + 3 * 3)]
+    assert packed_tokens(sequences[:4], 16) == [10 + 2 * 3, 10 + 3]
+    assert packed_tokens(sequences[:4], 5) == [13, 13, 13, 10], "a sequence over the budget goes alone"
+    micro = next(pack_micro_batches(sequences[:4], [1.0] * 4, 100, shares_prompts=True))
+    assert micro.families == (0,)
+    assert micro.cu_seqlens.tolist() == [0, 10, 13, 16, 19]
+    assert micro.rows_M.tolist() == [9, 9, 10, 11, 12, 9, 13, 14, 15, 9, 16, 17, 18]
+    other = replace(sequences[1], token_ids_T=sequences[1].token_ids_T + 1)
+    assert packed_tokens([sequences[2], other], 100) == [26], "another prompt is not shared"
 
 
 def test_masked_and_unsampled_completions_are_left_out() -> None:
@@ -132,7 +165,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 def empty_sequence(sequence: int, group: int) -> TrainSequence:
     nothing = np.zeros(1, dtype=np.int32)
     return TrainSequence(
-        nothing, nothing.astype(np.bool_), nothing.astype(np.float32), nothing, 0.0, sequence, group, "p"
+        nothing, nothing.astype(np.bool_), nothing.astype(np.float32), nothing, 0.0, sequence, group, "p", 0
     )
 
 

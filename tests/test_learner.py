@@ -2,6 +2,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from cispo.advantage import AdvantageSettings
+from cispo.batch import MicroBatch
 from cispo.errors import CheckpointError, CispoError
-from cispo.kernels.head_loss import head_logprobs
+from cispo.kernels.head_loss import HeadLoss, head_logprobs
 from cispo.learner import Learner
 from cispo.learner_settings import LearnerSettings
 from cispo.metric_table import check_names
@@ -162,6 +164,62 @@ def test_micro_batches_change_no_result(objective: dict[str, object]) -> None:
             assert metrics[name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
         for name, tensor in results[0][1].items():
             torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:4], ids=str)
+def test_a_shared_prompt_changes_no_logprob_and_no_gradient(objective: dict[str, object]) -> None:
+    model = decoder()
+    groups = sampled_groups(model, 4)
+    packed: list[list[MicroBatch]] = []
+    results = []
+    for shares_prompts in (True, False):
+        subject = learner(copy.deepcopy(model), objective, tokens_per_micro_batch=250)
+        assert subject.shares_prompts, "float32 on CPU takes branches"
+        subject.shares_prompts = shares_prompts
+        taken: list[MicroBatch] = []
+        gradients: dict[str, Tensor] = {}
+        seen, update = subject._forward_backward, subject._optimizer.update
+
+        def watch(micro: MicroBatch, *rest: Any, seen: Any = seen, taken: list[MicroBatch] = taken) -> HeadLoss:
+            head: HeadLoss = seen(micro, *rest)
+            taken.append(replace(micro, tokens=micro.tokens.with_logprob(head.logprob_N.clone())))
+            return head
+
+        def keep(rate: float, subject: Learner = subject, gradients: Any = gradients, update: Any = update) -> None:
+            update(rate)
+            gradients.update((name, x) for name, x in subject.state_dict().items() if name.startswith("exp_avg/"))
+
+        subject._forward_backward = watch  # type: ignore[method-assign]
+        subject._optimizer.update = keep  # type: ignore[method-assign]
+        metrics = subject.train(groups, 1)
+        assert metrics["policy/mismatch/max"] == 0.0
+        packed.append(taken)
+        results.append((without_times(metrics), gradients))
+    shared, apart = packed
+    assert sum(len(micro.ids_N) for micro in shared) < sum(len(micro.ids_N) for micro in apart)
+    assert logprobs_of(shared) == logprobs_of(apart)
+    (metrics, gradients), (wanted, reference) = results
+    assert metrics == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+    assert gradients.keys() == reference.keys()
+    for name, gradient in reference.items():
+        assert float((gradients[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name
+
+
+def logprobs_of(micro_batches: list[MicroBatch]) -> dict[int, list[float]]:
+    """The logprobs of each sequence's loss tokens, in order."""
+    found: dict[int, list[float]] = {}
+    for micro in micro_batches:
+        assert micro.tokens.logprob_N is not None
+        for sequence, logprob in zip(micro.tokens.sequence_N.tolist(), micro.tokens.logprob_N.tolist(), strict=True):
+            found.setdefault(sequence, []).append(logprob)
+    return found
+
+
+def test_policies_that_take_no_branches_are_packed_without() -> None:
+    model = decoder(torch.bfloat16)
+    subject = learner(model)
+    assert not subject.shares_prompts
+    assert subject.train(sampled_groups(model, 2), 1)["policy/mismatch/max"] == 0.0
 
 
 def test_gradient_is_that_of_equation_4_by_autograd() -> None:

@@ -47,14 +47,21 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, temperature_B: Tensor | 
     """
     if cpu_library.serves(logits_BV):
         return head_cpu.sample(logits_BV, uniform_B, temperature_B)
-    is_greedy_B = None
+    undivided_BV, is_greedy_B = logits_BV, None
     if temperature_B is not None:
         is_greedy_B = temperature_B == 0
-        logits_BV = logits_BV / temperature_B.masked_fill(is_greedy_B, 1.0).unsqueeze(1)
+        temperature_B = temperature_B.masked_fill(is_greedy_B, 1.0)
+        logits_BV = logits_BV / temperature_B.unsqueeze(1)
     logprob_BV = torch.log_softmax(logits_BV, dim=-1)
     cumulative_BV = torch.cumsum(logprob_BV.exp(), dim=-1, dtype=torch.float64)
     threshold_B1 = (uniform_B * cumulative_BV[:, -1]).unsqueeze(1)
     ids_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)
     if is_greedy_B is not None:
         ids_B1 = torch.where(is_greedy_B.unsqueeze(1), logits_BV.argmax(-1, keepdim=True), ids_B1)
-    return ids_B1.squeeze(1), logprob_BV.gather(1, ids_B1).squeeze(1)
+    ids_B = ids_B1.squeeze(1)
+    if undivided_BV.is_cuda:
+        # By the kernel of the learner's pass: another order of sums would differ in the last bits.
+        from cispo.kernels.gpu.head import row_logprobs
+
+        return ids_B, row_logprobs(undivided_BV, ids_B, temperature_B)
+    return ids_B, logprob_BV.gather(1, ids_B1).squeeze(1)

@@ -17,9 +17,15 @@ struct alignas(64) Forward {
   float k_transposed[kMaximumDim * kChunk], scores[kChunk * kChunk], state[kMaximumDim * kMaximumDim];
 };
 
-// What decode goes on from, for one head of one sequence: state [D, D], keys [D, C] and values [C, D] since.
+// What decode and branches go on from, for one head of one sequence: state [D, D], keys [D, C] and values [C, D] since.
 struct Cache {
   float *state, *k_recent, *v_recent;
+};
+
+// The cache that a prompt leaves to the branches packed with it.
+struct alignas(64) Prompt {
+  float state[kMaximumDim * kMaximumDim], k_recent[kMaximumDim * kChunk], v_recent[kChunk * kMaximumDim];
+  Cache cache() { return {state, k_recent, v_recent}; }
 };
 
 // Rows 0 .. first - 1 of the chunk that the cache was left in: their keys and values.
@@ -52,13 +58,15 @@ void add_chunk(const float* k_transposed, const float* v, int64_t v_row, int64_t
 }
 
 // Rows start .. start + length - 1 of a sequence; x and out begin at row `start`. A start past 0 goes on from the cache.
-// states, where given, takes the state before every chunk but the first, `states_chunk` apart.
+// states, where given, takes the state before every chunk but the first of a sequence, `states_chunk` apart. leaves:
+// whether the cache takes what comes after the last row.
 void forward(const float* x, int64_t x_row, int64_t start, int64_t length, int64_t dim, Decays decay, float* out,
-             int64_t out_row, float* states, int64_t states_chunk, const Cache* cache) {
+             int64_t out_row, float* states, int64_t states_chunk, const Cache* cache, bool leaves) {
   Forward& own = workspace<Forward>();
   const float* state = start >= kChunk ? cache->state : nullptr;
+  if (state && states) std::memcpy(states, state, dim * dim * sizeof(float));
   // Rows of a chunk: those before `first` are in the cache, those from `end` on are not there yet.
-  for (int64_t begin = start / kChunk * kChunk - start; begin < length; begin += kChunk) {
+  for (int64_t begin = -(start % kChunk); begin < length; begin += kChunk) {
     const int64_t first = std::max<int64_t>(0, -begin), end = std::min(kChunk, length - begin), n = end - first;
     const bool is_last = begin + end == length;
     const float* rows = x + (begin + first) * x_row;
@@ -83,11 +91,12 @@ void forward(const float* x, int64_t x_row, int64_t start, int64_t length, int64
         store(row, fma(fill(decay.query(i)), carried, load(row)));
       });
     }
-    if (end == kChunk && (!is_last || cache)) {
-      float* after = is_last ? cache->state : states ? states + (begin / kChunk + 1) * states_chunk : own.state;
+    if (states) states += states_chunk;
+    if (end == kChunk && (!is_last || leaves)) {
+      float* after = is_last ? cache->state : states ? states : own.state;
       add_chunk(own.k_transposed, own.v, kRow, dim, decay, state, after);
       state = after;
-    } else if (is_last && cache) {
+    } else if (is_last && leaves) {
       keep(state, own, first, end, dim, *cache);
     }
   }
@@ -124,25 +133,34 @@ void fetch(Cache cache, int64_t row, int64_t dim) {
 
 extern "C" {
 
-// x: rows x_row apart, head by head q, k, v. states [chunks, H, D, D] or null. slots: where in the caches each sequence
-// leaves what decode goes on from, or null; starts: the position of its first row, at which its cache stands.
-void cispo_lightning_forward(const float* x, int64_t x_row, const int64_t* lengths, const float* decays, float* out,
-                             float* states, const int64_t* slots, const int64_t* starts, float* state, float* k_recent,
-                             float* v_recent, int64_t sequences, int64_t heads, int64_t dim, int64_t threads) {
-  const std::vector<Task> all = tasks(lengths, sequences, heads);
+// x: rows x_row apart, head by head q, k, v, of pieces; starts: the position of each one's first row. families: where the
+// pieces of each family begin, the last one's end: a prompt and the branches that go on from its end, or one piece alone.
+// states [chunks, H, D, D] or null. slots: where in the caches each piece finds what it goes on from and leaves what
+// decode goes on from, or null; with them every piece is a family.
+void cispo_lightning_forward(const float* x, int64_t x_row, const int64_t* starts, const int64_t* lengths, int64_t count,
+                             const int64_t* families, int64_t family_count, const float* decays, float* out,
+                             float* states, const int64_t* slots, float* state, float* k_recent, float* v_recent,
+                             int64_t heads, int64_t dim, int64_t threads) {
+  const std::vector<Piece> packed = pieces(starts, lengths, count);
+  const std::vector<Task> all = tasks(packed, families, family_count, heads);
   const int64_t at_a_time = tasks_at_a_time(static_cast<int64_t>(all.size()), heads, threads);
 #pragma omp parallel for schedule(dynamic, at_a_time) num_threads(threads)
   for (const Task& task : all) {
     const int64_t head = task.head, matrix = dim * dim, recent = kChunk * dim;
     Cache cache{};
     if (slots) {
-      const int64_t place = slots[task.sequence] * heads + head;
+      const int64_t place = slots[task.first] * heads + head;
       cache = {state + place * matrix, k_recent + place * recent, v_recent + place * recent};
+    } else if (task.has_branches()) {
+      cache = workspace<Prompt>().cache();
     }
-    forward(x + task.first_token * x_row + head * 3 * dim, x_row, slots ? starts[task.sequence] : 0, task.length, dim,
-            {decays + head * kDecayTable}, out + (task.first_token * heads + head) * dim, heads * dim,
-            states ? states + (task.first_chunk * heads + head) * matrix : nullptr, heads * matrix,
-            slots ? &cache : nullptr);
+    for (int64_t i = task.first; i < task.end; ++i) {
+      const Piece& piece = packed[i];
+      forward(x + piece.first_token * x_row + head * 3 * dim, x_row, piece.start, piece.length, dim,
+              {decays + head * kDecayTable}, out + (piece.first_token * heads + head) * dim, heads * dim,
+              states ? states + (piece.first_chunk * heads + head) * matrix : nullptr, heads * matrix, &cache,
+              slots || (task.has_branches() && i == task.first));
+    }
   }
 }
 

@@ -152,25 +152,44 @@ inline Matrices& workspace() {
   return *matrices;
 }
 
-// One head of one sequence. first_token: where its rows begin; first_chunk: how many chunks lie before it.
-struct Task {
-  int64_t length, first_token, first_chunk, sequence, head;
+// Consecutive packed rows: a sequence, or a piece that starts at a later row of one. first_token: where its rows begin;
+// first_chunk: how many chunks the pieces before it touch.
+struct Piece {
+  int64_t start, length, first_token, first_chunk;
 };
 
-// Every head of every sequence, the longest first, so that the threads finish together.
-inline std::vector<Task> tasks(const int64_t* lengths, int64_t sequences, int64_t heads) {
-  std::vector<Task> all;
+inline std::vector<Piece> pieces(const int64_t* starts, const int64_t* lengths, int64_t count) {
+  std::vector<Piece> all;
   int64_t token = 0, chunk = 0;
-  for (int64_t sequence = 0; sequence < sequences; ++sequence) {
-    for (int64_t head = 0; head < heads; ++head) all.push_back({lengths[sequence], token, chunk, sequence, head});
-    token += lengths[sequence];
-    chunk += round_up(lengths[sequence], kChunk) / kChunk;
+  for (int64_t i = 0; i < count; ++i) {
+    all.push_back({starts[i], lengths[i], token, chunk});
+    token += lengths[i];
+    chunk += round_up(starts[i] % kChunk + lengths[i], kChunk) / kChunk;
+  }
+  return all;
+}
+
+// One head of one family: pieces first .. end - 1, of which those after the first are branches that go on from it.
+struct Task {
+  int64_t first, end, head, length;
+  bool has_branches() const { return end - first > 1; }
+};
+
+// Every head of every family, the longest first, so that the threads finish together. families: where each one's pieces
+// begin and the last one's end.
+inline std::vector<Task> tasks(const std::vector<Piece>& pieces, const int64_t* families, int64_t count, int64_t heads) {
+  std::vector<Task> all;
+  for (int64_t family = 0; family < count; ++family) {
+    const int64_t first = families[family], end = families[family + 1];
+    int64_t length = 0;
+    for (int64_t piece = first; piece < end; ++piece) length += pieces[piece].length;
+    for (int64_t head = 0; head < heads; ++head) all.push_back({first, end, head, length});
   }
   std::stable_sort(all.begin(), all.end(), [](const Task& a, const Task& b) { return a.length > b.length; });
   return all;
 }
 
-// Tasks that a thread takes at a time: a sequence's heads lie side by side in memory, so all of them if there is enough
+// Tasks that a thread takes at a time: a family's heads lie side by side in memory, so all of them if there is enough
 // for every thread.
 inline int64_t tasks_at_a_time(int64_t tasks, int64_t heads, int64_t threads) {
   return std::clamp<int64_t>(tasks / (4 * threads), 1, heads);

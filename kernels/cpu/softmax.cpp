@@ -1,6 +1,4 @@
 // Causal softmax attention of packed rows with rotary embedding inside: training forward and prefill.
-#include <utility>
-
 #include "softmax.h"
 
 using namespace cispo;
@@ -16,25 +14,6 @@ struct Tiles {
   const int64_t* pages;
 
   int64_t offset(int64_t j) const { return (pages ? pages[j] : j) * step; }
-};
-
-// Rows start .. end - 1 of a sequence, whose projections and angles begin at row `start`.
-struct Rows {
-  const float *qkv, *rotary;
-  int64_t start, end;
-
-  // Of the 16 rows from `first` (a multiple of 16) on, those that are there, rotated and scaled; zeros for the others.
-  // column: where they are in a projection. Returns the first of them and the last plus one, counted from `first`.
-  std::pair<int64_t, int64_t> rotated(int64_t first, int64_t column, const Attention& size, float scale, float* to) const {
-    const int64_t from = std::max(start - first, int64_t{0}), until = std::clamp(end - first, from, kColumn);
-    std::fill(to, to + from * size.dim, 0.0f);
-    for (int64_t i = from; i < until; ++i) {
-      const int64_t row = first + i - start;
-      rotate(qkv + row * size.row() + column, rotary + row * 2 * size.half, size, scale, to + i * size.dim);
-    }
-    std::fill(to + until * size.dim, to + kColumn * size.dim, 0.0f);
-    return {from, until};
-  }
 };
 
 // Rotate the keys of some rows and lay keys and values in their tiles. Keys past the last are zero; values are not
@@ -152,34 +131,37 @@ void attend(const Rows& own, int64_t first, int64_t head, const Attention& size,
 
 extern "C" {
 
-// qkv: [N, (heads + 2 key_heads) dim]; rotary: [N, 2, half]; ends: where each sequence begins and the last one ends. out:
-// [N, heads, dim]; logsumexp: [N, heads] for the backward, or null. k_pages [pages, key_heads, dim, 64] and v_pages
-// [pages, key_heads, 64, dim] keep the keys and values of sequence b in pages pages[b * pages_row ..], or are null; with
-// them starts: the position of each sequence's first row here, whose earlier keys and values are in the pages.
-void cispo_softmax_forward(const float* qkv, const float* rotary, const int64_t* ends, int64_t sequences, int64_t heads,
-                           int64_t key_heads, int64_t dim, int64_t half, float* out, float* logsumexp, float* k_pages,
-                           float* v_pages, const int64_t* pages, int64_t pages_row, const int64_t* starts,
-                           int64_t threads) {
+// qkv: [N, (heads + 2 key_heads) dim]; rotary: [N, 2, half]; ends, starts, families: see Packing. out: [N, heads, dim];
+// logsumexp: [N, heads] for the backward, or null. k_pages [pages, key_heads, dim, 64] and v_pages [pages, key_heads, 64,
+// dim] keep the keys and values of family b, then one piece, in pages pages[b * pages_row ..], where those before its start
+// are already; or they are null. Branches are laid after their prompt's keys in turn.
+void cispo_softmax_forward(const float* qkv, const float* rotary, const int64_t* ends, const int64_t* starts,
+                           const int64_t* families, int64_t family_count, int64_t heads, int64_t key_heads, int64_t dim,
+                           int64_t half, float* out, float* logsumexp, float* k_pages, float* v_pages,
+                           const int64_t* pages, int64_t pages_row, int64_t threads) {
   const Attention size{heads, key_heads, dim, half};
+  const Packing packing{ends, starts, families};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t unit = 0; unit < sequences * key_heads; ++unit) {
-    const int64_t sequence = unit / key_heads, head = unit % key_heads, token = ends[sequence];
-    const int64_t start = k_pages ? starts[sequence] : 0;
-    const Rows rows{qkv + token * size.row(), rotary + token * 2 * half, start, start + ends[sequence + 1] - token};
+  for (int64_t unit = 0; unit < family_count * key_heads; ++unit) {
+    const int64_t family = unit / key_heads, head = unit % key_heads;
     Tiles tiles;
     if (k_pages) {
       tiles = {k_pages + head * size.tile(), v_pages + head * size.tile(), key_heads * size.tile(),
-               pages + sequence * pages_row};
+               pages + family * pages_row};
     } else {
-      const int64_t floats = (rows.end + kKeyTile - 1) / kKeyTile * size.tile();
+      const int64_t floats = (packing.longest(family) + kKeyTile - 1) / kKeyTile * size.tile();
       float* scratch = aligned_scratch(2 * floats);
       tiles = {scratch, scratch + floats, size.tile(), nullptr};
     }
-    fill_tiles(rows, head, size, tiles);
-    for (int64_t query = head * size.group(); query < (head + 1) * size.group(); ++query) {
-      for (int64_t first = start / kColumn * kColumn; first < rows.end; first += kColumn) {
-        attend(rows, first, query, size, tiles, out + token * heads * dim,
-               logsumexp ? logsumexp + token * heads : nullptr);
+    for (int64_t piece = packing.first(family); piece < packing.end(family); ++piece) {
+      const int64_t token = ends[piece], start = starts[piece];
+      const Rows rows{qkv + token * size.row(), rotary + token * 2 * half, start, packing.piece_end(piece)};
+      fill_tiles(rows, head, size, tiles);
+      for (int64_t query = head * size.group(); query < (head + 1) * size.group(); ++query) {
+        for (int64_t first = start / kColumn * kColumn; first < rows.end; first += kColumn) {
+          attend(rows, first, query, size, tiles, out + token * heads * dim,
+                 logsumexp ? logsumexp + token * heads : nullptr);
+        }
       }
     }
   }

@@ -6,6 +6,7 @@
 // of multiply-adds over d, every output one chain over keys, and a tile's weights are added in the tree of `sum`.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "simd.h"
@@ -63,12 +64,40 @@ inline void copy_row(const float* from, int64_t dim, float* to) {
   for (int64_t d = 0; d < dim; d += kLanes) store(to + d, load(from + d));
 }
 
-// Rotated, scaled rows [16, dim] of one head; rows from `rows` on are zero.
-inline void rotated_rows(const float* from, const float* rotary, int64_t rows, const Attention& size, float scale,
-                         float* to) {
-  for (int64_t i = 0; i < rows; ++i) rotate(from + i * size.row(), rotary + i * 2 * size.half, size, scale, to + i * size.dim);
-  std::fill(to + rows * size.dim, to + kColumn * size.dim, 0.0f);
-}
+// Rows start .. end - 1 of a sequence, whose projections and angles begin at row `start`.
+struct Rows {
+  const float *qkv, *rotary;
+  int64_t start, end;
+
+  // Of the 16 rows from `first` (a multiple of 16) on, those that are there, rotated and scaled; zeros for the others.
+  // column: where they are in a projection. Returns the first of them and the last plus one, counted from `first`.
+  std::pair<int64_t, int64_t> rotated(int64_t first, int64_t column, const Attention& size, float scale, float* to) const {
+    const int64_t from = std::max(start - first, int64_t{0}), until = std::clamp(end - first, from, kColumn);
+    std::fill(to, to + from * size.dim, 0.0f);
+    for (int64_t i = from; i < until; ++i) {
+      const int64_t row = first + i - start;
+      rotate(qkv + row * size.row() + column, rotary + row * 2 * size.half, size, scale, to + i * size.dim);
+    }
+    std::fill(to + until * size.dim, to + kColumn * size.dim, 0.0f);
+    return {from, until};
+  }
+};
+
+// Pieces families[family] .. families[family + 1] - 1: a prompt and the branches that go on from its end, or one piece
+// alone. starts: the position of each piece's first row; ends: where its rows begin, and the last one's end.
+struct Packing {
+  const int64_t *ends, *starts, *families;
+
+  int64_t first(int64_t family) const { return families[family]; }
+  int64_t end(int64_t family) const { return families[family + 1]; }
+  int64_t piece_end(int64_t piece) const { return starts[piece] + ends[piece + 1] - ends[piece]; }
+  // Rows of its longest sequence.
+  int64_t longest(int64_t family) const {
+    int64_t rows = 0;
+    for (int64_t piece = first(family); piece < end(family); ++piece) rows = std::max(rows, piece_end(piece));
+    return rows;
+  }
+};
 
 #if defined(__AVX512F__)
 constexpr int kTileRows = 16;

@@ -1,7 +1,8 @@
 // Gradients of causal softmax attention, as in FlashAttention-2 (arXiv 2307.08691, algorithm 2): scores are computed
 // again and become weights by the log-sum-exp that the forward left.
 //
-// A thread takes a key head of a sequence with all its queries, in order, so every sum has one order.
+// A thread takes a key head of a sequence, or of a prompt and its branches in turn, with all its queries, in order, so
+// every sum has one order.
 #include "softmax.h"
 
 using namespace cispo;
@@ -14,32 +15,36 @@ struct Keys {
   float* keys_across;    // [tiles, dim, 64]
   float* values_across;  // [tiles, dim, 64]
   float* keys;           // [tiles * 64, dim]
+  float* values;         // [tiles * 64, dim]
   float* dkeys;          // [tiles * 64, dim]
   float* dvalues;        // [tiles * 64, dim]
 };
 
-void copy_rows(const float* from, int64_t from_row, int64_t rows, int64_t dim, float* to) {
-  for (int64_t i = 0; i < rows; ++i) copy_row(from + i * from_row, dim, to + i * dim);
-  std::fill(to + rows * dim, to + kColumn * dim, 0.0f);
+Keys room(int64_t rows, const Attention& size) {
+  const int64_t floats = (rows + kKeyTile - 1) / kKeyTile * size.tile();
+  float* scratch = aligned_scratch(6 * floats);
+  return {scratch,          scratch + floats,     scratch + 2 * floats, scratch + 3 * floats,
+          scratch + 4 * floats, scratch + 5 * floats};
 }
 
-Keys gather_keys(const float* qkv, const float* rotary, int64_t length, int64_t head, const Attention& size) {
-  const int64_t padded = (length + kKeyTile - 1) / kKeyTile * kKeyTile, floats = padded * size.dim;
-  float* scratch = aligned_scratch(5 * floats);
-  const Keys own{scratch, scratch + floats, scratch + 2 * floats, scratch + 3 * floats, scratch + 4 * floats};
-  for (int64_t first = 0; first < padded; first += kColumn) {
-    const int64_t count = std::max<int64_t>(0, std::min(kColumn, length - first));
-    const int64_t across = first / kKeyTile * size.tile() + first % kKeyTile;
-    const float* from = qkv + first * size.row();
-    float* rows = own.keys + first * size.dim;
-    float* values = own.dvalues + first * size.dim;  // for now
-    rotated_rows(from + size.key(head), rotary + first * 2 * size.half, count, size, 1.0f, rows);
-    transpose_rows(rows, size.dim, own.keys_across + across, kKeyTile);
-    copy_rows(from + size.value(head), size.row(), count, size.dim, values);
-    transpose_rows(values, size.dim, own.values_across + across, kKeyTile);
+// Lay keys and values of some rows after those before them, with gradients of zero.
+void lay_keys(const Rows& rows, int64_t head, const Attention& size, const Keys& own) {
+  const int64_t dim = size.dim, padded = (rows.end + kKeyTile - 1) / kKeyTile * kKeyTile;
+  for (int64_t row = rows.start; row < rows.end; ++row) {
+    const int64_t at = row - rows.start;
+    const float* from = rows.qkv + at * size.row();
+    rotate(from + size.key(head), rows.rotary + at * 2 * size.half, size, 1.0f, own.keys + row * dim);
+    copy_row(from + size.value(head), dim, own.values + row * dim);
   }
-  std::fill(own.dkeys, own.dkeys + 2 * floats, 0.0f);
-  return own;
+  std::fill(own.keys + rows.end * dim, own.keys + padded * dim, 0.0f);
+  std::fill(own.values + rows.end * dim, own.values + padded * dim, 0.0f);
+  std::fill(own.dkeys + rows.start * dim, own.dkeys + padded * dim, 0.0f);
+  std::fill(own.dvalues + rows.start * dim, own.dvalues + padded * dim, 0.0f);
+  for (int64_t first = rows.start / kColumn * kColumn; first < padded; first += kColumn) {
+    const int64_t across = first / kKeyTile * size.tile() + first % kKeyTile;
+    transpose_rows(own.keys + first * dim, dim, own.keys_across + across, kKeyTile);
+    transpose_rows(own.values + first * dim, dim, own.values_across + across, kKeyTile);
+  }
 }
 
 // 16 queries of one head, as rows and across, with the gradients of their outputs.
@@ -88,11 +93,11 @@ void absorb(Column& column, const Keys& own, int64_t j, int64_t groups, bool is_
   }
 }
 
-// out, dout: [16, heads, dim] from the column's first query on; the sum of out * dout of each query.
-Vec output_dot(const float* out, const float* dout, int64_t count, int64_t row, int64_t dim) {
+// The sum of out * dout of each query of a column; out: row `from` of it, `row` from the next.
+Vec output_dot(const float* out, int64_t row, int64_t from, int64_t until, const Column& column, int64_t dim) {
   Vec dots[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t d = 0; d < dim; d += kLanes) dots[i] = fma(load(out + i * row + d), load(dout + i * row + d), dots[i]);
+  for (int64_t i = from; i < until; ++i, out += row) {
+    for (int64_t d = 0; d < dim; d += kLanes) dots[i] = fma(load(out + d), load(column.dout + i * dim + d), dots[i]);
   }
   transpose(dots);
   for (int width = kLanes / 2; width > 0; width /= 2) {
@@ -101,33 +106,42 @@ Vec output_dot(const float* out, const float* dout, int64_t count, int64_t row, 
   return dots[0];
 }
 
-struct Sequence {  // where its rows begin
-  const float *qkv, *rotary, *out, *logsumexp, *dout;
+// The other arrays of some rows, from the first on.
+struct Gradients {
+  const float *out, *logsumexp, *dout;
   float* dqkv;
-  int64_t length;
 };
 
-void query_gradients(const Sequence& at, const Keys& own, int64_t first, int64_t head, const Attention& size) {
+void query_gradients(const Rows& rows, const Gradients& at, const Keys& own, int64_t first, int64_t head,
+                     const Attention& size) {
   Column column;
-  const int64_t count = std::min(kColumn, at.length - first), last = first / kKeyTile, out_row = size.heads * size.dim;
-  const float* rotary = at.rotary + first * 2 * size.half;
-  const int64_t out_at = first * out_row + head * size.dim, qkv_at = first * size.row() + size.query(head);
-  rotated_rows(at.qkv + qkv_at, rotary, count, size, size.scale(), column.query);
-  transpose_rows(column.query, size.dim, column.query_across, kColumn);
-  copy_rows(at.dout + out_at, out_row, count, size.dim, column.dout);
-  transpose_rows(column.dout, size.dim, column.dout_across, kColumn);
-  std::fill(column.dquery, column.dquery + kColumn * size.dim, 0.0f);
-  column.delta = output_dot(at.out + out_at, at.dout + out_at, count, out_row, size.dim);
+  const auto [from, until] = rows.rotated(first, size.query(head), size, size.scale(), column.query);
+  const int64_t last = first / kKeyTile, out_row = size.heads * size.dim, shift = first - rows.start, dim = size.dim;
+  transpose_rows(column.query, dim, column.query_across, kColumn);
+  std::fill(column.dout, column.dout + kColumn * dim, 0.0f);
+  for (int64_t i = from; i < until; ++i) copy_row(at.dout + (shift + i) * out_row + head * dim, dim, column.dout + i * dim);
+  transpose_rows(column.dout, dim, column.dout_across, kColumn);
+  std::fill(column.dquery, column.dquery + kColumn * dim, 0.0f);
+  column.delta = output_dot(at.out + (shift + from) * out_row + head * dim, out_row, from, until, column, dim);
   float logsumexp[kColumn];
   std::fill(logsumexp, logsumexp + kColumn, INFINITY);  // a row that is no query has no weight anywhere
-  for (int64_t i = 0; i < count; ++i) logsumexp[i] = at.logsumexp[(first + i) * size.heads + head];
+  for (int64_t i = from; i < until; ++i) logsumexp[i] = at.logsumexp[(shift + i) * size.heads + head];
   column.logsumexp = load(logsumexp);
   for (int64_t j = 0; j <= last; ++j) {
     absorb(column, own, j, j < last ? kKeyTile / kLanes : first % kKeyTile / kLanes + 1, j == last, size);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    rotate<-1>(column.dquery + i * size.dim, rotary + i * 2 * size.half, size, size.scale(),
-                at.dqkv + qkv_at + i * size.row());
+  for (int64_t i = from; i < until; ++i) {
+    rotate<-1>(column.dquery + i * dim, rows.rotary + (shift + i) * 2 * size.half, size, size.scale(),
+                at.dqkv + (shift + i) * size.row() + size.query(head));
+  }
+}
+
+void write_keys(const Rows& rows, const Gradients& at, const Keys& own, int64_t head, const Attention& size) {
+  for (int64_t row = rows.start; row < rows.end; ++row) {
+    float* to = at.dqkv + (row - rows.start) * size.row();
+    rotate<-1>(own.dkeys + row * size.dim, rows.rotary + (row - rows.start) * 2 * size.half, size, 1.0f,
+               to + size.key(head));
+    copy_row(own.dvalues + row * size.dim, size.dim, to + size.value(head));
   }
 }
 
@@ -135,28 +149,39 @@ void query_gradients(const Sequence& at, const Keys& own, int64_t first, int64_t
 
 extern "C" {
 
-// As cispo_softmax_forward; dout: [N, heads, dim]; dqkv: as qkv, all of it written.
-void cispo_softmax_backward(const float* qkv, const float* rotary, const int64_t* starts, int64_t sequences,
-                            int64_t heads, int64_t key_heads, int64_t dim, int64_t half, const float* out,
-                            const float* logsumexp, const float* dout, float* dqkv, int64_t threads) {
+// As cispo_softmax_forward; dout: [N, heads, dim]; dqkv: as qkv, all of it written. A prompt's keys take the gradients of
+// its own queries first, then those of each branch in order.
+void cispo_softmax_backward(const float* qkv, const float* rotary, const int64_t* ends, const int64_t* starts,
+                            const int64_t* families, int64_t family_count, int64_t heads, int64_t key_heads,
+                            int64_t dim, int64_t half, const float* out, const float* logsumexp, const float* dout,
+                            float* dqkv, int64_t threads) {
   const Attention size{heads, key_heads, dim, half};
+  const Packing packing{ends, starts, families};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t unit = 0; unit < sequences * key_heads; ++unit) {
-    const int64_t sequence = unit / key_heads, head = unit % key_heads, start = starts[sequence];
-    const Sequence at{qkv + start * size.row(), rotary + start * 2 * half,     out + start * heads * dim,
-                      logsumexp + start * heads, dout + start * heads * dim, dqkv + start * size.row(),
-                      starts[sequence + 1] - start};
-    const Keys own = gather_keys(at.qkv, at.rotary, at.length, head, size);
-    for (int64_t first = 0; first < at.length; first += kColumn) {
-      for (int64_t query = head * size.group(); query < (head + 1) * size.group(); ++query) {
-        query_gradients(at, own, first, query, size);
+  for (int64_t unit = 0; unit < family_count * key_heads; ++unit) {
+    const int64_t family = unit / key_heads, head = unit % key_heads;
+    const auto rows_of = [&](int64_t piece) {
+      const int64_t token = ends[piece];
+      return Rows{qkv + token * size.row(), rotary + token * 2 * half, starts[piece], packing.piece_end(piece)};
+    };
+    const auto gradients_of = [&](int64_t piece) {
+      const int64_t token = ends[piece], row = token * heads * dim;
+      return Gradients{out + row, logsumexp + token * heads, dout + row, dqkv + token * size.row()};
+    };
+    const Keys own = room(packing.longest(family), size);
+    const int64_t prompt = packing.first(family);
+    for (int64_t piece = prompt; piece < packing.end(family); ++piece) {
+      const Rows rows = rows_of(piece);
+      const Gradients at = gradients_of(piece);
+      lay_keys(rows, head, size, own);
+      for (int64_t first = rows.start / kColumn * kColumn; first < rows.end; first += kColumn) {
+        for (int64_t query = head * size.group(); query < (head + 1) * size.group(); ++query) {
+          query_gradients(rows, at, own, first, query, size);
+        }
       }
+      if (piece != prompt) write_keys(rows, at, own, head, size);
     }
-    for (int64_t i = 0; i < at.length; ++i) {
-      float* row = at.dqkv + i * size.row();
-      rotate<-1>(own.dkeys + i * dim, at.rotary + i * 2 * half, size, 1.0f, row + size.key(head));
-      copy_row(own.dvalues + i * dim, dim, row + size.value(head));
-    }
+    write_keys(rows_of(prompt), gradients_of(prompt), own, head, size);
   }
 }
 }

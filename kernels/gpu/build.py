@@ -76,7 +76,8 @@ def report(build: Build) -> Report:
     with tempfile.TemporaryDirectory() as scratch:
         ptx = Path(scratch) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
-        command = [get_ptxas(SM90.arch).path, "-arch=sm_90a", "-v", str(ptx), "-o", str(Path(scratch) / "kernel.cubin")]
+        ptxas = get_ptxas(SM90.arch).path  # the one of Triton's that knows the PTX it wrote
+        command = [ptxas, "-arch=sm_90a", "-v", str(ptx), "-o", str(Path(scratch) / "kernel.cubin")]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return Report(
         name=build.name,

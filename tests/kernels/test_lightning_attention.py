@@ -263,3 +263,11 @@ def test_pieces_are_bitwise_equal_to_one_shot(pieces: list[int], is_twin: bool, 
         for place, new in enumerate(rows):
             out[place].append(new)
     assert all(torch.equal(torch.cat(rows), expected) for rows, expected in zip(out, wanted, strict=True))
+
+
+def test_a_rounded_copy_of_the_state_is_refused_where_no_kernel_reads_it() -> None:
+    qkv_NI, slot_B, caches = random(3, 3 * HEADS * 64), torch.tensor([0]), [torch.zeros(1)] * 3
+    with pytest.raises(ValueError, match="leave copy_SHDD out"):
+        lightning_prefill(qkv_NI, decays(SLOPES_H), grid_of([3]), slot_B, *caches, torch.zeros(1))
+    with pytest.raises(ValueError, match="leave copy_SHDD out"):
+        lightning_decode(qkv_NI, decays(SLOPES_H), slot_B, slot_B, None, *caches, torch.zeros(1))
