@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cispo.kernels.chunks import CHUNK_LENGTH, ChunkGrid, chunk_grid
+from cispo.kernels.chunks import CHUNK_LENGTH, chunk_grid
 from cispo.kernels.gpu import lightning_forward
 from cispo.kernels.lightning_attention import decays, lightning_attention, lightning_decode, lightning_prefill
 from cispo.model.mixers import lightning_slopes
@@ -109,7 +109,7 @@ def _caches(slots: int, heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 def _prefill(tokens: int, heads: int, dim: int) -> Mapping[str, Work]:
     constants = decays(_slopes(heads))
     x_NI, caches = _projections(tokens, heads, dim), _caches(1, heads, dim)
-    grid = ChunkGrid((tokens,), (tokens,), x_NI.device)
+    grid = chunk_grid([tokens], x_NI.device, [tokens])
     slot_B = torch.zeros(1, device="cuda", dtype=torch.int64)
     works: dict[str, Work] = {"cispo": lambda: lightning_prefill(x_NI, constants, grid, slot_B, *caches)}
     if chunk_simple_gla:
