@@ -70,14 +70,17 @@ _TILES = {
     (64, 0): (64, 16, 128, 4, 5),
     (64, 4096): (64, 64, 128, 4, 5),
     (128, 0): (128, 64, 64, 4, 6),
-    (1 << 31, 0): (128, 128, 64, 4, 4),
+    (1 << 31, 0): (128, 128, 64, 8, 4),
 }
 """Most rows and least outputs: rows, outputs and K of a tile, warps, stages. The last that fits of the fewest rows."""
 
+_FLOAT32_TILES = {**_TILES, (1 << 31, 0): (128, 256, 64, 8, 3)}
+"""For float32 results: Triton 3.6's assembler serialises the other large tile with them, and this one with bfloat16."""
+
 _BUILDS = {
     (fits, out): _build("x".join(map(str, tile[:3])), *tile, out)
-    for fits, tile in _TILES.items()
-    for out in ("bf16", "fp32")
+    for out, tiles in (("bf16", _TILES), ("fp32", _FLOAT32_TILES))
+    for fits, tile in tiles.items()
 }
 BUILDS = list(_BUILDS.values())
 
