@@ -10,8 +10,7 @@ of the weight is taken from the hidden rows, <down^T dy, hidden>, so no output r
 
 The library's grouped product gives a row the bits of the product of its expert alone, and every other step works row by
 row: training, prefill and decode are this code. No shape depends on data and nothing waits for the device, so a CUDA
-graph can hold it. The dense layer's plain products are the exception: below some 100 rows the library may split their
-inner dimension, and some values then differ in bits from those of a longer batch. The twin is `kernels.experts`.
+graph can hold it. A dense layer's rows have the bits that `kernels.product` gives them. The twin is `kernels.experts`.
 
 N packed tokens, D model width, E experts, K experts a token, F expert width, R = N K rows.
 """
