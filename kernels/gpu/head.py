@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cispo.kernels.gpu.build import Build
 from cispo.kernels.gpu.product import product_into
+from cispo.kernels.product import product
 
 SPAN_ROWS = 8192
 SPARE_ROWS = 512
@@ -164,23 +165,15 @@ def _launch(build: Build, grid: tuple[int, ...], *arguments: Any) -> None:
 
 
 def serves(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
-    """Whether these kernels take this head: on CUDA, both in bfloat16 or both in float32.
-
-    In float32 scoring and training give a row the same bits; sampling's logits, of other row counts, are only close.
-    """
+    """Whether these kernels take this head: on CUDA, both in bfloat16 or both in float32."""
     return hidden_ND.is_cuda and hidden_ND.dtype is weight_VD.dtype and hidden_ND.dtype in _DTYPES
 
 
 def _logits_into(logits_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
-    if hidden_ND.dtype is not torch.float32:
+    if hidden_ND.dtype is torch.float32:
+        logits_NV.copy_(product(hidden_ND, weight_VD))
+    else:
         product_into(logits_NV, hidden_ND, weight_VD)
-        return
-    # The library's float32 bits depend on the row count, so every product here has the same, however rows are blocked.
-    for start in range(0, hidden_ND.shape[0], BLOCK_MULTIPLE):
-        piece_CD = hidden_ND[start : start + BLOCK_MULTIPLE]
-        rows = piece_CD.shape[0]
-        logits_CV = torch.nn.functional.pad(piece_CD, (0, 0, 0, BLOCK_MULTIPLE - rows)) @ weight_VD.t()
-        logits_NV[start : start + rows] = logits_CV[:rows]
 
 
 def _statistics(logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor, *out_N: Tensor) -> None:

@@ -53,7 +53,9 @@ def test_loss_and_gradients_equal_autograd(
     wanted = expected(hidden, weight, targets, coefficient, temperature)
     for ours, reference in zip((loss, logprob, entropy, *gradients), wanted, strict=True):
         torch.testing.assert_close(ours.detach().double(), reference, atol=3e-4, rtol=1e-5)
-    assert torch.equal(gpu.head_logprobs(hidden.detach(), weight.detach(), targets, temperature)[0], logprob)
+    scored, _ = gpu.head_logprobs(hidden.detach(), weight.detach(), targets, temperature)
+    # On CUDA the library's float32 product has other bits at other row counts, which the two passes' blocks are.
+    torch.testing.assert_close(scored, logprob, atol=0 if DEVICE == "cpu" else 5e-5, rtol=0)
 
 
 def test_rows_whose_coefficient_is_zero_are_in_no_gradient() -> None:
