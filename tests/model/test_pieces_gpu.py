@@ -16,7 +16,8 @@ TOLERANCE = 5e-5
 def test_pieces_forks_and_decode_are_close_to_one_shot(small_policy_folder: Path, piece: int) -> None:
     decoder = load_policy(small_policy_folder, dtype=torch.float32, device="cuda")
     length, decoded = (400 if piece > 1 else 130), 70
-    ids = torch.randint(0, decoder.trained_ids, (length + decoded,), device="cuda")
+    generator = torch.Generator().manual_seed(piece)
+    ids = torch.randint(0, decoder.trained_ids, (length + decoded,), generator=generator).cuda()
     positions = torch.arange(length + decoded, device="cuda")
     wanted = decoder.logits(decoder(ids, positions, torch.tensor([0, length + decoded]).int()))
     cache, rows = decoder.new_cache(capacity=4, max_tokens=length + decoded), []
