@@ -9,7 +9,6 @@ backward and AdamW; after each TRL step one of ours is timed. The table gives me
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -38,6 +37,7 @@ from cispo.objective_settings import CispoSettings
 from cispo.rollout.engine import Engine, SamplingSettings
 from cispo.rollout.request import Drawing, GroupRequest
 from cispo.types import Prompt, Score, ScoredGroup
+from policies import write_tokenizer
 
 GROUP_SIZE = 8
 PROMPT_TOKENS = 16
@@ -66,9 +66,6 @@ def share_of_vowels(completion: str) -> float:
 
 def write_policy(folder: Path) -> transformers.MiniMaxForCausalLM:
     """A random MiniMax of the benchmark's size and a byte tokenizer, as a folder that both sides read."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers
-
     torch.manual_seed(0)
     config = transformers.MiniMaxConfig(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
@@ -80,17 +77,7 @@ def write_policy(folder: Path) -> transformers.MiniMaxForCausalLM:
     )  # fmt: skip
     model = transformers.MiniMaxForCausalLM(config)
     model.save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast = Fast(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens(["<end>", "<pad>"])
-    # Every row of the embedding has a token, or only the other side would sample from all of them.
-    fast.add_tokens([f"<{index}>" for index in range(fast.get_vocab_size(), VOCABULARY)])
-    fast.save(str(folder / "tokenizer.json"))
-    template = "{{ messages[0]['content'] }}"
-    settings = {"eos_token": "<end>", "pad_token": "<pad>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    write_tokenizer(folder, VOCABULARY)
     return model
 
 
