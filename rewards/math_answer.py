@@ -191,8 +191,8 @@ def _equation(tokens: list[Token]) -> Answer | None:
         return None
     if len(sides) > 2:
         raise UnparsedError("it has several equals signs")
-    for variable, value in (sides, reversed(sides)):
-        if _is_variable(variable) and not any(token == tokens_of_name for token in value for tokens_of_name in variable[:1]):
+    for variable, value in (sides, sides[::-1]):
+        if _is_variable(variable) and variable[0] not in value:
             return _with_variable(_parse_one(value), _name(variable))
     names, values = sides
     if names[:1] == [("sign", "(")] and values[:1] == [("sign", "(")] and all(

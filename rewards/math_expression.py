@@ -17,11 +17,13 @@ Tree = tuple[Any, ...]
 MAX_BITS = 100_000
 """Bits of the largest numerator or denominator that is computed exactly."""
 MAX_FACTORIAL = 5000
-GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon "
-    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split()
+_GREEK = (
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
+    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell"
 )
-CALLS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp abs".split())
+GREEK = frozenset(_GREEK.split())
+_CALLS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp abs"
+CALLS = frozenset(_CALLS.split())
 INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 END: Token = ("end", "")
 
@@ -157,9 +159,9 @@ class _Parser:
             is_negative = self.take()[1] == "-"
             tree = self.argument()
             return _negative(tree) if is_negative else tree
-        if self.next[0] == "number" and not is_exponent:
-            if self.next[1].denominator != 1 or self.next[1] >= 10:
-                raise UnparsedError("a number of several digits needs braces here")
+        kind, value = self.next
+        if kind == "number" and not is_exponent and (value.denominator != 1 or value >= 10):
+            raise UnparsedError("a number of several digits needs braces here")
         return self.atom()
 
     def atom(self) -> Tree:

@@ -1,9 +1,9 @@
 """Taking the final answer out of a completion.
 
-Thinking is cut off first: what stands in `<think>...</think>`, and before a lone `</think>`; an unclosed `<think>` leaves
-nothing. Then, in this order, the answer is the content of the last `\\boxed{}` or `\\fbox{}` whose braces balance, what
-follows the last `####` on its line, or what follows the last "answer is" (or "answer:") in its sentence. A box that is
-never closed counts as none.
+Thinking is cut off first: what stands in `<think>...</think>`, and before a lone `</think>`; an unclosed `<think>`
+leaves nothing. Then, in this order, the answer is the content of the last `\\boxed{}` or `\\fbox{}` whose braces
+balance, what follows the last `####` on its line, or what follows the last "answer is" (or "answer:") in its sentence.
+A box that is never closed counts as none.
 """
 
 import re

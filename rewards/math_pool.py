@@ -1,7 +1,7 @@
 """Worker processes for the reward `math`, which may be killed at any time without harm.
 
-A worker (math_worker.py) imports SymPy once and forks a child for each comparison; the kernel ends a child at its limits
-of CPU time and memory. A worker that dies, or is silent for WALL_S, is killed with its child and replaced.
+A worker (math_worker.py) imports SymPy once and forks a child for each comparison; the kernel ends a child at its
+limits of CPU time and memory. A worker that dies, or is silent for WALL_S, is killed with its child and replaced.
 """
 
 import atexit
@@ -13,10 +13,11 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 WALL_S = 30.0
-"""Seconds by the clock for one comparison, far above what CPU time allows, so that a busy machine changes no verdict."""
+"""Seconds by the clock for one comparison: far above its CPU time, so that a busy machine changes no verdict."""
 ATTEMPTS = 3
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 
@@ -65,17 +66,13 @@ class _Worker:
         return dict(json.loads(line))
 
     def kill(self) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                try:
+                with suppress(OSError):
                     pipe.close()
-                except OSError:
-                    pass
 
 
 class MathPool:

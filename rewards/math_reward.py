@@ -1,9 +1,9 @@
 """The reward `math`: is the final answer of the completion equal to the data set's `answer`?
 
 The answer is taken out by a rule of our own (math_extract.py), read by a parser of our own (math_tokens.py,
-math_expression.py, math_answer.py), and compared as exact rational numbers where it is made of such. What is left, roots
-and variables, say, goes to SymPy and Math-Verify in a process that may be killed (math_pool.py). In doubt the answer is
-wrong: what can be read in two ways is not read at all.
+math_expression.py, math_answer.py), and compared as exact rational numbers where it is made of such. What is left,
+roots and variables, say, goes to SymPy and Math-Verify in a process that may be killed (math_pool.py). In doubt the
+answer is wrong: what can be read in two ways is not read at all.
 """
 
 from collections.abc import Iterator
@@ -48,16 +48,19 @@ class MathVerdict:
 
 
 class MathArgs(BaseModel):
-    """The reward `math` takes no args."""
+    """What `args` of the reward `math` may hold."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    plain_numbers: bool = False
+    """Where the answer is a number, take only a number or a fraction for it: `12 * 13` is no answer to itself."""
 
 
 class _NeedsSymbolsError(Exception):
     """A leaf is no rational number."""
 
 
-def math_reward(prompt: str, completion: str, *, answer: object) -> Score:
+def math_reward(prompt: str, completion: str, *, answer: object, plain_numbers: bool = False) -> Score:
     """1.0 when the completion's final answer equals the column `answer`, else 0.0; also where it has no answer to read.
 
     Parts: `correct` and `parsed` (an answer was found and could be read), each 0 or 1. The score is an error, which
@@ -66,11 +69,12 @@ def math_reward(prompt: str, completion: str, *, answer: object) -> Score:
     gold = _gold_text(answer)
     found = extract_answer(completion)
     if found is None:
-        verdict = is_equal(gold, gold)
         missing = MathVerdict(False, MathStatus.UNPARSED_PREDICTION, message="it has no final answer")
-        verdict = missing if verdict.status is MathStatus.OK else verdict
+        verdict = _gold_mistake(gold) or missing
     else:
-        verdict = is_equal(gold, _as_box(found))
+        verdict = is_equal(gold, rf"\boxed{{{found}}}")
+        if plain_numbers and verdict.equal and _is_plain_number(gold) and not _is_plain_number(found):
+            verdict = MathVerdict(False, verdict.status, verdict.method, "the answer is a sum yet to be worked out")
     info = {"math": verdict.status.value, "method": verdict.method} | (
         {"message": verdict.message} if verdict.message else {}
     )
@@ -87,8 +91,16 @@ def _gold_text(answer: object) -> str:
     return str(answer)
 
 
-def _as_box(answer: str) -> str:
-    return rf"\boxed{{{answer}}}"
+def _is_plain_number(text: str) -> bool:
+    """A number as it is written down: a decimal, a fraction or a mixed number, with a sign and a unit at most."""
+    try:
+        tree = parse_answer(tokens_of(_answer_text(text))).tree
+    except UnparsedError:
+        return False
+    while tree is not None and tree[0] == "*" and tree[1] == ("number", -1):
+        tree = tree[2]
+    parts = () if tree is None else tree[1:] if tree[0] == "/" else (tree,)
+    return bool(parts) and all(part[0] == "number" for part in parts)
 
 
 def is_equal(gold: str, prediction: str, *, pool: MathPool | None = None) -> MathVerdict:
@@ -117,6 +129,12 @@ def is_equal(gold: str, prediction: str, *, pool: MathPool | None = None) -> Mat
         return MathVerdict(answers_equal(gold_answer, found_answer, RATIONAL_LEAVES), method="exact")
     except _NeedsSymbolsError:
         return _symbolic(gold_text, found_text, pool or shared_pool())
+
+
+def _gold_mistake(gold: str) -> MathVerdict | None:
+    """What is_equal would say of the gold answer, whatever the prediction."""
+    verdict = is_equal(gold, r"\text{none}")
+    return verdict if verdict.status is MathStatus.UNPARSED_GOLD else None
 
 
 def _symbolic(gold: str, found: str, pool: MathPool) -> MathVerdict:

@@ -10,6 +10,8 @@ import unicodedata
 from fractions import Fraction
 from typing import Any
 
+from cispo.rewards.math_units import UNIT_WORDS
+
 Token = tuple[str, Any]
 
 MAX_CHARS = 2000
@@ -26,10 +28,11 @@ class UnparsedError(ValueError):
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 SYMBOLS = {
-    "−": "-", "–": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "π": r"\pi ",
-    "∞": r"\infty ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ",
-    "±": r"\pm ", "∓": r"\mp ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "…": "...", "θ": r"\theta ", "α": r"\alpha ",
-    "β": r"\beta ", "λ": r"\lambda ", "∕": "/", "£": r"\pound ", "€": r"\euro ",
+    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00f7": r"\div ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ",
+    "\u2217": "*", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u00b0": r"^\circ ", "\u2264": r"\le ",
+    "\u2265": r"\ge ", "\u2260": r"\ne ", "\u222a": r"\cup ", "\u2208": r"\in ", "\u00b1": r"\pm ", "\u2213": r"\mp ",
+    "\u2205": r"\emptyset ", "\u211d": r"\mathbb{R}", "\u2026": "...", "\u03b8": r"\theta ", "\u03b1": r"\alpha ",
+    "\u03b2": r"\beta ", "\u03bb": r"\lambda ", "\u2215": "/", "\u00a3": r"\pound ", "\u20ac": r"\euro ",
 }  # fmt: skip
 SPELLINGS = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le", "geq": "ge",
@@ -39,11 +42,14 @@ SPELLINGS = {
     "lor": "or", "degree": "circ", "union": "cup", "to": "rightarrow", "arcsin": "arcsin", "asin": "arcsin",
     "acos": "arccos", "atan": "arctan", "tg": "tan", "infty": "infty", "inf": "infty",
 }  # fmt: skip
-DROPPED = frozenset(
-    "left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle limits quad qquad mathstrut".split()
+_DROPPED = "left right big Big bigl bigr Bigl Bigr bigg Bigg displaystyle textstyle limits quad qquad mathstrut"
+DROPPED = frozenset(_DROPPED.split())
+WRAPPERS = (
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|bold|operatorname|mbox|hbox)"
+    r"\s*\{([^{}]*)\}"
 )
-WRAPPERS = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|bold|operatorname|mbox|hbox)\s*\{([^{}]*)\}"
-FUNCTION_WORDS = frozenset("sqrt sin cos tan cot sec csc log ln exp pi arcsin arccos arctan sinh cosh tanh abs".split())
+_FUNCTIONS = "sqrt sin cos tan cot sec csc log ln exp pi arcsin arccos arctan sinh cosh tanh abs"
+FUNCTION_WORDS = frozenset(_FUNCTIONS.split())
 
 GROUPED = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:\\[,!;:]|\\ |\{,\}|\u202f|\u00a0)+\d{3})+)(?!\d)")
 VULGAR = re.compile(r"(\d+)\u2044(\d+)")
@@ -72,7 +78,7 @@ def tokens_of(text: str) -> list[Token]:
     if len(text) > MAX_CHARS:
         raise UnparsedError(f"it is longer than {MAX_CHARS} characters")
     plain = _plain_latex(text)
-    if re.search(r"\d{%d}" % (MAX_DIGITS + 1), plain):
+    if re.search(rf"\d{{{MAX_DIGITS + 1}}}", plain):
         raise UnparsedError(f"a number has more than {MAX_DIGITS} digits")
     tokens: list[Token] = []
     place = 0
@@ -94,8 +100,7 @@ def tokens_of(text: str) -> list[Token]:
 
 
 def _plain_latex(text: str) -> str:
-    for table, mark in ((SUPERSCRIPTS, "^"), (SUBSCRIPTS, "_")):
-        text = re.sub(f"[{''.join(table)}]+", lambda run: f"{mark}{{{''.join(table[c] for c in run[0])}}}", text)
+    text = _raised(_raised(text, SUPERSCRIPTS, "^"), SUBSCRIPTS, "_")
     text = re.sub(r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
     text = "".join(SYMBOLS.get(character, character) for character in text)
     # A space keeps the whole part of 2½ apart.
@@ -115,6 +120,10 @@ def _plain_latex(text: str) -> str:
     while text.endswith((".", ",", ";", ":")) and not text.endswith(("...", r"\,", r"\;", r"\:")):
         text = text[:-1].rstrip()
     return text
+
+
+def _raised(text: str, table: dict[str, str], mark: str) -> str:
+    return re.sub(f"[{''.join(table)}]+", lambda run: f"{mark}{{{''.join(table[c] for c in run[0])}}}", text)
 
 
 def _tokens(match: re.Match[str], before: list[Token], has_space: bool) -> list[Token]:
@@ -159,8 +168,6 @@ def _letters(text: str) -> list[Token]:
     """One letter is a variable; short runs in lower case are products of them; the rest are words."""
     if text in FUNCTION_WORDS:
         return [("command", text)]
-    from cispo.rewards.math_units import UNIT_WORDS
-
     is_word = text.lower() in UNIT_WORDS or text.lower() in ("or", "and", "in", "is", "nan", "inf", "yes", "no")
     if len(text) == 1 or (len(text) <= 3 and text.islower() and not is_word):
         return [("letter", letter) for letter in text]

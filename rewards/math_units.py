@@ -10,8 +10,9 @@ Unit = tuple[str, Fraction]
 
 _SCALES = {
     "length": {
-        "mm millimeter millimeters millimetre millimetres": "1/1000", "cm centimeter centimeters centimetre centimetres":
-        "1/100", "m meter meters metre metres": "1", "km kilometer kilometers kilometre kilometres": "1000",
+        "mm millimeter millimeters millimetre millimetres": "1/1000",
+        "cm centimeter centimeters centimetre centimetres": "1/100",
+        "m meter meters metre metres": "1", "km kilometer kilometers kilometre kilometres": "1000",
         "in inch inches": "254/10000", "ft foot feet": "3048/10000", "yd yard yards": "9144/10000",
         "mi mile miles": "1609344/1000",
     },
@@ -29,7 +30,6 @@ _SCALES = {
     "money": {"dollar dollars USD usd": "1", "cent cents": "1/100"},
     "angle": {"degree degrees": "1"},
     "unit": {"unit units": "1"},
-    "square unit": {},
 }  # fmt: skip
 _COUNTED = (
     "apple apples book books way ways people person persons student students coin coins marble marbles car cars card "

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]  # it has no annotations
 
 from cispo.rewards.math_answer import Answer, Leaves, answers_equal, parse_answer
 from cispo.rewards.math_expression import Tree, exact_value
@@ -105,7 +105,7 @@ def same(one: Tree, other: Tree) -> bool:
         return True
     known = [_exact(tree) for tree in (one, other)]
     if None not in known:
-        return known[0] == known[1]
+        return bool(known[0] == known[1])
     first, second = to_sympy(one), to_sympy(other)
     special = (sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
     if first.has(*special) or second.has(*special):
@@ -167,11 +167,11 @@ def _is_moderate(*expressions: Any) -> bool:
 
 
 def _math_verify_agrees(first: Any, second: Any) -> bool:
-    from math_verify import verify
+    from math_verify import verify  # type: ignore[import-untyped]  # it has no annotations
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return verify(first, second, timeout_seconds=None) or verify(second, first, timeout_seconds=None)
+        return bool(verify(first, second, timeout_seconds=None) or verify(second, first, timeout_seconds=None))
 
 
 def to_sympy(tree: Tree) -> Any:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from cispo.errors import RewardError
 from cispo.rewards.code import CodeArgs, FormatArgs, code, format_reward
 from cispo.rewards.length import LengthArgs, length
+from cispo.rewards.math_reward import MathArgs, math_reward
 from cispo.rewards.settings import RewardSettings
 
 ENTRY_POINT_GROUP = "cispo.rewards"
@@ -24,6 +25,7 @@ BUILT_INS: dict[str, tuple[Callable[..., Any], type[BaseModel]]] = {
     "code": (code, CodeArgs),
     "format": (format_reward, FormatArgs),
     "length": (length, LengthArgs),
+    "math": (math_reward, MathArgs),
 }
 
 
