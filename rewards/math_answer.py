@@ -83,7 +83,7 @@ def _group(kind: str, parts: Sequence[list[Token]], tokens: Sequence[Token], nam
 def _word(tokens: list[Token]) -> Answer | None:
     if tokens in ([("command", "emptyset")], [("sign", r"\{"), ("sign", r"\}")]):
         return Answer("set")
-    if tokens == [("command", "reals")]:
+    if tokens == [("command", "reals")] or _joined(tokens) in ("all real numbers", "all reals"):
         return _interval("(", MINUS_INFINITY, INFINITY, ")")
     if len(tokens) == 3 and tokens[0] == ("sign", "(") and tokens[2] == ("sign", ")"):
         is_choice = tokens[1][0] == "letter" or (tokens[1][0] == "text" and len(tokens[1][1]) == 1)
@@ -97,6 +97,10 @@ def _word(tokens: list[Token]) -> Answer | None:
         # Whether abc is a product or a name is not known; as a name it has one order.
         return Answer("word", "".join(value for _, value in tokens))
     return None
+
+
+def _joined(tokens: Sequence[Token]) -> str:
+    return " ".join(str(value) for kind, value in tokens if kind in ("word", "text")).lower()
 
 
 def _symbol_or_word(text: str) -> Answer:
@@ -337,12 +341,13 @@ class Leaves:
 
 def answers_equal(gold: Answer, found: Answer, leaves: Leaves) -> bool:
     """Whether two answers are one."""
-    if gold.variable and found.variable and gold.variable != found.variable:
-        return False
     kinds = {gold.kind, found.kind}
-    if kinds == {"scalar"}:
+    has_other_variable = bool(gold.variable and found.variable and gold.variable != found.variable)
+    if has_other_variable and kinds != {"scalar"}:
+        return False
+    if kinds == {"scalar"} and not has_other_variable:
         return _units_agree(gold, found) and leaves.same(_in_base_unit(gold, found), _in_base_unit(found, gold))
-    if kinds == {"equation"} or kinds == {"equation", "scalar"}:
+    if kinds in ({"scalar"}, {"equation"}, {"equation", "scalar"}):
         sides = [_as_equation(gold), _as_equation(found)]
         return sides[0] is not None and sides[1] is not None and leaves.proportional(sides[0], sides[1])
     if "set" in kinds and kinds <= {"list", "set"}:
@@ -366,8 +371,8 @@ def _as_equation(answer: Answer) -> Tree | None:
 
 def _variables_agree(gold: Answer, found: Answer) -> bool:
     """Values of several variables, `x=1, y=2`, are none without their names, as a list has no order."""
-    names = [{item.variable for item in answer.items} for answer in (gold, found)]
-    return names[0] == names[1] or max(map(len, names)) == 1
+    names = [{item.variable for item in answer.items if item.variable} for answer in (gold, found)]
+    return names[0] == names[1] or max(map(len, names)) <= 1
 
 
 def _units_agree(one: Answer, other: Answer) -> bool:

@@ -106,10 +106,11 @@ def same(one: Tree, other: Tree) -> bool:
     known = [_exact(tree) for tree in (one, other)]
     if None not in known:
         return bool(known[0] == known[1])
+    if _has_infinity(one) or _has_infinity(other):
+        return False  # equal trees were found above, and there is no reckoning with infinity
     first, second = to_sympy(one), to_sympy(other)
-    special = (sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
-    if first.has(*special) or second.has(*special):
-        return bool(first == second) and not first.has(sympy.nan, sympy.zoo)
+    if any(expression.has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan) for expression in (first, second)):
+        return False
     if not _digits_agree(first, second):
         return False
     return _is_proven(first - second) or (_is_moderate(first, second) and _math_verify_agrees(first, second))
@@ -124,6 +125,10 @@ def proportional(one: Tree, other: Tree) -> bool:
     if len(ratios) < 3 or ratios[0] == 0:
         return False
     return all(abs(ratio - ratios[0]) <= abs(ratios[0]) * sympy.Float(10, DIGITS) ** -80 for ratio in ratios)
+
+
+def _has_infinity(tree: Tree) -> bool:
+    return tree == ("constant", "infinity") or any(_has_infinity(part) for part in tree[1:] if isinstance(part, tuple))
 
 
 def _exact(tree: Tree) -> Any:
