@@ -45,7 +45,7 @@ def test_answer_format(completion: str, thinking: bool, answer: bool, value: flo
         ("", "latin", 1.0),
         ("12 + 3", "latin", 1.0),
         (r"число \frac{1}{2}", "cyrillic", 1.0),
-        ("```python\nprint('hello')\n```\nмир", "cyrillic", 1.0),
+        ("```python\nprint('hello')\n```\n мир", "cyrillic", 1.0),
         ("the angle θ", "latin", 1.0),
         ("naïve café", "latin", 1.0),
     ],
