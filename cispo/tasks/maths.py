@@ -1,8 +1,9 @@
 """`python -m cispo.tasks.maths OUT_DIR [--seed 0]` writes short maths questions with exact answers.
 
 Every number comes from a seeded generator, answers are computed with integers and fractions, and no question occurs
-twice, so held-out questions are not trained on. A row has `prompt`, `answer` and `family`; those for supervised training
-have a `completion` that ends in a box, wrong in a share of them, so that reinforcement learning has something to mend.
+twice, so held-out questions are not trained on. A row has `prompt`, `answer` and `family`; those for supervised
+training have a `completion` that ends in a box, wrong in a share of them, so that reinforcement learning has something
+to mend.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from math import gcd, lcm
 from pathlib import Path
 from random import Random
 
-TRAIN_ROWS, HELDOUT_ROWS, SFT_ROWS = 1500, 200, 6000
+TRAIN_ROWS, HELDOUT_ROWS, SFT_ROWS = 1000, 200, 4000
 WRONG_SHARE = 0.4
 Question = tuple[str, str, str]
 """The question, a step on the way, and the answer."""
@@ -35,7 +36,7 @@ def product(rng: Random) -> Question:
 
 
 def fraction(rng: Random) -> Question:
-    a, b, c = rng.randint(1, 9), rng.randint(2, 9), rng.randint(1, 9)
+    a, b, c = rng.randint(1, 12), rng.randint(2, 12), rng.randint(1, 12)
     value = Fraction(a, b) + Fraction(c, b)
     return f"add {a}/{b} and {c}/{b} as a fraction", f"{a + c}/{b}", _latex(value)
 
@@ -46,26 +47,28 @@ def equation(rng: Random) -> Question:
 
 
 def remainder(rng: Random) -> Question:
-    a, b = rng.randint(10, 99), rng.randint(2, 9)
+    a, b = rng.randint(10, 199), rng.randint(2, 9)
     return f"find the rest of {a} divided by {b}", f"{b} * {a // b} = {a - a % b}", str(a % b)
 
 
 def divisor(rng: Random) -> Question:
     scale = rng.randint(2, 9)
-    a, b = scale * rng.randint(1, 9), scale * rng.randint(1, 9)
+    a, b = scale * rng.randint(1, 12), scale * rng.randint(1, 12)
     if rng.random() < 0.5:
         return f"find the largest divisor of {a} and {b}", f"{a} and {b}", str(gcd(a, b))
     return f"find the least multiple of {a} and {b}", f"{a} and {b}", str(lcm(a, b))
 
 
 def percent(rng: Random) -> Question:
-    share, whole = rng.choice((5, 10, 20, 25, 50, 75)), rng.randint(1, 40)
+    share, whole = rng.choice((5, 10, 20, 25, 50, 75)), rng.randint(1, 160)
     return f"find {share} percent of {whole}", f"{share} * {whole} / 100", _latex(Fraction(share * whole, 100))
 
 
 def roots(rng: Random) -> Question:
-    a, b = rng.sample(range(1, 10), 2)
-    return f"solve x^2 - {a + b} x + {a * b} = 0", f"{a} * {b} = {a * b}", f"{min(a, b)}, {max(a, b)}"
+    a, b = sorted(rng.sample([root for root in range(-12, 13) if root], 2))
+    middle = f"{'-' if a + b > 0 else '+'} {abs(a + b)} x"
+    last = f"{'+' if a * b > 0 else '-'} {abs(a * b)}"
+    return f"solve x^2 {middle} {last} = 0", f"{a} * {b} = {a * b}", f"{a}, {b}"
 
 
 FAMILIES: dict[str, Callable[[Random], Question]] = {
@@ -104,7 +107,8 @@ def split_rows(seed: int) -> dict[str, list[dict[str, object]]]:
 def _completion(question: Question, rng: Random) -> dict[str, object]:
     _, step, answer = question
     is_correct = rng.random() >= WRONG_SHARE
-    return {"completion": rf"{step} \boxed{{{answer if is_correct else _wrong(answer, rng)}}}", "is_correct": is_correct}
+    shown = answer if is_correct else _wrong(answer, rng)
+    return {"completion": rf"{step} \boxed{{{shown}}}", "is_correct": is_correct}
 
 
 def _wrong(answer: str, rng: Random) -> str:
