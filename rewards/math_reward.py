@@ -13,8 +13,10 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict
 
 from cispo.errors import RewardError
-from cispo.rewards.math_answer import Answer, Leaves, answers_equal, parse_answer
-from cispo.rewards.math_expression import Tree, exact_value
+from cispo.rewards.math_answer import Answer, parse_answer
+from cispo.rewards.math_compare import Leaves, answers_equal
+from cispo.rewards.math_exact import exact_value
+from cispo.rewards.math_expression import Tree
 from cispo.rewards.math_extract import extract_answer, without_thinking
 from cispo.rewards.math_pool import MathPool, shared_pool
 from cispo.rewards.math_tokens import Token, UnparsedError, tokens_of

@@ -19,8 +19,10 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # it has no annotations
 
-from cispo.rewards.math_answer import Answer, Leaves, answers_equal, parse_answer
-from cispo.rewards.math_expression import Tree, exact_value
+from cispo.rewards.math_answer import Answer, parse_answer
+from cispo.rewards.math_compare import Leaves, answers_equal
+from cispo.rewards.math_exact import exact_value
+from cispo.rewards.math_expression import Tree
 from cispo.rewards.math_tokens import tokens_of
 
 CPU_S = 1
