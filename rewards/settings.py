@@ -11,8 +11,8 @@ class RewardSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1)
-    """`code`, `format` or `length`; `file.py:function`, relative to the recipe; `package.module:function`; or the name
-    of an entry point of the group `cispo.rewards`."""
+    """The name of a built-in reward, such as `code`; `file.py:function`, relative to the recipe;
+    `package.module:function`; or the name of an entry point of the group `cispo.rewards`."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """What the reward's value is multiplied by before the values are added."""
     args: dict[str, Any] = {}

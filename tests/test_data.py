@@ -309,3 +309,19 @@ def test_reading_json_lines_loads_no_heavy_library(tmp_path: Path, write: Callab
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_file_of_an_installed_package_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cispo_test_rows" / "data"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (folder / "rows.jsonl").write_text('{"task_id": "a/0", "prompt": "p", "test": "t"}\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    columns = {"id": "task_id"}
+    (prompt,) = load(tmp_path, path="package:cispo_test_rows/data/rows.jsonl", columns=columns)
+    assert (prompt.id, prompt.text, prompt.row["test"]) == ("a/0", "p", "t")
+    text = mistake(tmp_path, path="package:no_such_rows/x.jsonl")
+    assert text.endswith("no package 'no_such_rows' is installed here; try: pip install no-such-rows")
+    assert "there is no file" in mistake(tmp_path, path="package:cispo_test_rows/data/none.jsonl")

@@ -88,7 +88,7 @@ def test_an_entry_point_is_found_by_its_name(folder: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cod", "there is no reward 'cod'; did you mean 'code'? there is code, format, length"),
+        ("cod", "did you mean 'code'? there is answer_format, code, format, judge, language, length, math"),
         ("mine.py", "there is no reward 'mine.py'; give mine.py:FUNCTION"),
         ("mine.py:shrt", "has no 'shrt'; did you mean 'short'? there is later, no_arguments, short"),
         ("mine.py:", "has no ''; there is later, no_arguments, short"),
