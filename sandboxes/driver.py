@@ -122,12 +122,12 @@ def encode_into(value: "Any", parts: "list[str]", depth: int, is_tagged: bool) -
     elif is_tagged and kind not in (list, float):
         encode_tagged(value, parts, depth, is_tagged)
     elif kind is float:
-        if not value - value == 0:
-            if not is_tagged:
-                raise NotPlain("a float that is not finite")
+        if value - value == 0:
+            parts.append(float.__repr__(value))
+        elif is_tagged:
             parts.append('{"float":"' + float.__repr__(value) + '"}')
         else:
-            parts.append(float.__repr__(value))
+            raise NotPlain("a float that is not finite")
     elif kind is list:
         parts.append("[")
         for place, item in enumerate(value):
