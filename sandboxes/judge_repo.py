@@ -3,7 +3,7 @@
 Here tests and program share a process, so no run is believed alone: the program could read the tests, patch pytest or
 write its report. A test has passed when it passes as it is, and when in each of several twins (twins.py), with one
 comparison altered in about half of the tests, it fails or passes as it should. Which half is drawn from all that was
-handed in. Who writes the program cannot know it, and the program can tell an altered literal only by knowing the answer.
+handed in. Who writes the program cannot know it, and the program can tell an altered literal only by its right answer.
 For a test whose answer it does not know, it must guess a pattern over all twins. Tests that compare with no literal are
 weaker: there a twin can be told by its look, and the verdict is flagged `weak_twins`.
 
