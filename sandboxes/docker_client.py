@@ -38,7 +38,7 @@ def reap(client: Any) -> int:
     """Remove containers whose owner, a process of this machine, has ended; returns how many there were."""
     count = 0
     for container in client.containers.list(all=True, filters={"label": OWNER_LABEL}, ignore_removed=True):
-        boot_id, pid, start_time = (container.labels.get(OWNER_LABEL, "").split(":") + ["", ""])[:3]
+        boot_id, pid, start_time = container.labels[OWNER_LABEL].split(":")
         if boot_id == _boot_id() and pid.isdigit() and _start_time(int(pid)) != start_time:
             remove(container)
             count += 1

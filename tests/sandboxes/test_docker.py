@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from cispo.errors import SandboxClosedError, SandboxError
-from cispo.sandboxes import ExecResult, ExecStatus, Limits, Sandbox, open_sandbox
+from cispo.sandboxes import ExecResult, ExecStatus, Limits, Sandbox, VerdictStatus, open_sandbox
 from cispo.sandboxes.docker_client import OWNER_LABEL, connect, owner_mark, reap
+from cispo.sandboxes.judge import judge_asserts, judge_calls, judge_repo, judge_stdin
 
 pytestmark = pytest.mark.docker
 SMALL = Limits(wall_s=20.0, cpu_s=1.0, memory_mib=96, pids=16, output_kib=64, files_mib=8)
@@ -22,6 +23,22 @@ Run = Callable[..., ExecResult]
 def docker() -> Iterator[Sandbox]:
     with open_sandbox("docker", workers=2) as opened:
         yield opened
+    assert own_containers() == []
+
+
+def own_containers() -> list[str]:
+    """Containers that this process has made and not removed; one that is being removed is given time."""
+    client = connect()
+    try:
+        label = f"{OWNER_LABEL}={owner_mark()}"
+        deadline = time.monotonic() + 10.0
+        while found := client.containers.list(all=True, filters={"label": label}, ignore_removed=True):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        return [container.id for container in found]
+    finally:
+        client.close()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +71,6 @@ def test_files_stdin_streams_and_exit_code_go_through(run: Run) -> None:
         ("open('/usr/x', 'w')", "EROFS"),
         ("open('/x', 'w')", "EROFS"),
         ("open('/proc/sys/kernel/core_pattern', 'w')", "EROFS"),
-        ("open('/proc/kcore', 'rb').read(1)", "EACCES"),
         ("os.setuid(0)", "EPERM"),
         ("os.chroot('/task')", "EPERM"),
         ("open('/var/run/docker.sock')", "ENOENT"),
@@ -129,6 +145,64 @@ def test_a_killed_container_is_no_time_out(docker: Sandbox) -> None:
         result = running.result()
     client.close()
     assert (result.status, result.exit_code) == (ExecStatus.RUNTIME_ERROR, 137)
+
+
+JUDGED = Limits(wall_s=20.0, cpu_s=2.0, memory_mib=128, pids=16, output_kib=64, files_mib=8)
+CALLS = [{"args": [2, 3], "expected": 5}, {"args": [20, 22], "expected": 42}]
+ASSERTS = "def check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(20, 22) == 42\n"
+TESTS = {"test_sum.py": "from work import f\n\ndef test_f():\n    assert f(20, 22) == 42\n"}
+SAME = "class A:\n    __eq__ = lambda s, o: True\ndef f(a, b): return A()"
+EXITS = "import os\ndef f(a, b): os._exit(0)"
+FORGES = """
+import os
+def f(a, b):
+    for fd in range(1, 64):
+        try:
+            os.write(fd, b'["loaded"]\\n["passed", 1]\\n["end", 0]\\n')
+        except OSError:
+            pass
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "is_right"),
+    [
+        ("def f(a, b): return a + b", True),
+        ("print('hello')\ndef f(a, b):\n    print(a)\n    return sum((a, b))", True),
+        ("def f(a, b): return a * b", False),
+        (SAME, False),
+        (EXITS, False),
+        (FORGES, False),
+        ("import os\nos._exit(0)\ndef f(a, b): return 0", False),
+        ("def f(a, b):\n    x = []\n    while True: x.append(bytearray(8 << 20))", False),
+    ],
+)
+def test_the_judges_reach_the_same_verdicts_here(docker: Sandbox, source: str, is_right: bool) -> None:
+    verdicts = [
+        judge_calls(docker, source, "f", CALLS, JUDGED),
+        judge_asserts(docker, source, ASSERTS, "f", JUDGED),
+        judge_repo(docker, {"work.py": ""}, {"work.py": source}, TESTS, ["test_sum.py::test_f"], JUDGED),
+    ]
+    assert [verdict.status is VerdictStatus.OK for verdict in verdicts] == [is_right] * 3, verdicts
+    assert VerdictStatus.SANDBOX_ERROR not in [verdict.status for verdict in verdicts]
+
+
+@pytest.mark.parametrize(
+    ("source", "is_right"),
+    [
+        ("print(sum(map(int, input().split())))", True),
+        ("import sys\nprint(sum(map(int, sys.stdin.read().split())))\nsys.exit(0)", True),
+        ("import os\nos._exit(0)", False),
+        ("print(5)\nraise SystemExit(1)", False),
+        ("print(5)\nprint(5)", False),
+        ("import glob\nfor p in glob.glob('/proc/*/cmdline'): print(open(p).read())", False),
+    ],
+)
+def test_output_is_judged_here_too(docker: Sandbox, source: str, is_right: bool) -> None:
+    verdict = judge_stdin(docker, source, [{"stdin": "2 3", "expected": "5"}], JUDGED)
+    assert (verdict.status is VerdictStatus.OK) == is_right
+    assert verdict.status is not VerdictStatus.SANDBOX_ERROR
 
 
 OWNER = """

@@ -21,9 +21,9 @@ Judge = Callable[..., Verdict]
 
 
 @pytest.fixture(scope="session")
-def judge(any_sandbox: Sandbox) -> Judge:
+def judge(sandbox: Sandbox) -> Judge:
     def judge_source(source: str, tests: Sequence[Mapping[str, Any]] = SUM_TESTS, entry_point: str = "f") -> Verdict:
-        return judge_calls(any_sandbox, textwrap.dedent(source), entry_point, tests, LIMITS)
+        return judge_calls(sandbox, textwrap.dedent(source), entry_point, tests, LIMITS)
 
     return judge_source
 

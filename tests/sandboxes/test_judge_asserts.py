@@ -26,9 +26,9 @@ Judge = Callable[..., Verdict]
 
 
 @pytest.fixture(scope="session")
-def judge(any_sandbox: Sandbox) -> Judge:
+def judge(sandbox: Sandbox) -> Judge:
     def judge_source(source: str, tests: str = CHECK, entry_point: str = "f") -> Verdict:
-        return judge_asserts(any_sandbox, textwrap.dedent(source), textwrap.dedent(tests), entry_point, LIMITS)
+        return judge_asserts(sandbox, textwrap.dedent(source), textwrap.dedent(tests), entry_point, LIMITS)
 
     return judge_source
 

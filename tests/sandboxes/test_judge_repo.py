@@ -58,9 +58,9 @@ Judge = Callable[..., Verdict]
 
 
 @pytest.fixture(scope="session")
-def judge(any_sandbox: Sandbox) -> Judge:
+def judge(sandbox: Sandbox) -> Judge:
     def judge_files(files: Mapping[str, str], tests: Mapping[str, str] = TESTS, ids: list[str] = IDS) -> Verdict:
-        return judge_repo(any_sandbox, BASE, files, tests, ids, LIMITS)
+        return judge_repo(sandbox, BASE, files, tests, ids, LIMITS)
 
     return judge_files
 

@@ -68,15 +68,15 @@ HONEST = {
 
 
 @pytest.mark.parametrize("name", HONEST)
-def test_honest_programs_pass(any_sandbox: Sandbox, name: str) -> None:
-    verdict = judge_stdin(any_sandbox, HONEST[name], SUMS, LIMITS)
+def test_honest_programs_pass(sandbox: Sandbox, name: str) -> None:
+    verdict = judge_stdin(sandbox, HONEST[name], SUMS, LIMITS)
     assert (verdict.status, verdict.passed, verdict.total) == (VerdictStatus.OK, 3, 3), verdict
     assert verdict.is_well_formed
 
 
-def test_a_wrong_program_is_told_test_by_test(any_sandbox: Sandbox) -> None:
+def test_a_wrong_program_is_told_test_by_test(sandbox: Sandbox) -> None:
     source = "a, b = map(int, input().split())\nif a < 0: raise ValueError\nprint(a + b if a == 1 else a * b)"
-    verdict = judge_stdin(any_sandbox, source, SUMS, LIMITS)
+    verdict = judge_stdin(sandbox, source, SUMS, LIMITS)
     assert verdict.tests == (TestStatus.PASSED, TestStatus.RUNTIME_ERROR, TestStatus.WRONG_ANSWER)
     assert (verdict.status, verdict.passed) == (VerdictStatus.RUNTIME_ERROR, 1)
 
@@ -102,9 +102,9 @@ def test_a_wrong_program_is_told_test_by_test(any_sandbox: Sandbox) -> None:
         ("import sys; sys.stdout.buffer.write(b'3\\xff')", VerdictStatus.WRONG_ANSWER),
     ],
 )
-def test_how_a_program_ends_is_the_verdict(any_sandbox: Sandbox, source: str, status: VerdictStatus) -> None:
+def test_how_a_program_ends_is_the_verdict(sandbox: Sandbox, source: str, status: VerdictStatus) -> None:
     limits = Limits(wall_s=2.0, cpu_s=0.5, memory_mib=96, pids=16, output_kib=64, files_mib=8)
-    verdict = judge_stdin(any_sandbox, source, SUMS, limits)
+    verdict = judge_stdin(sandbox, source, SUMS, limits)
     assert verdict.status is status and verdict.passed == 0
     assert verdict.is_well_formed == (status is not VerdictStatus.REJECTED)
     assert len(verdict.tests) == 3
@@ -160,13 +160,13 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attacks_pass_nothing(any_sandbox: Sandbox, name: str) -> None:
-    verdict = judge_stdin(any_sandbox, textwrap.dedent(ATTACKS[name]), SECRETS[1:], LIMITS)
+def test_attacks_pass_nothing(sandbox: Sandbox, name: str) -> None:
+    verdict = judge_stdin(sandbox, textwrap.dedent(ATTACKS[name]), SECRETS[1:], LIMITS)
     assert verdict.status not in (VerdictStatus.OK, VerdictStatus.SANDBOX_ERROR)
     assert (verdict.passed, verdict.total) == (0, 2)
 
 
 @pytest.mark.parametrize("tests", [[], [{"stdin": "1"}], [{"stdin": 1, "expected": "1"}]])
-def test_tests_of_another_form_are_a_mistake_in_the_data(any_sandbox: Sandbox, tests: list[dict[str, object]]) -> None:
+def test_tests_of_another_form_are_a_mistake_in_the_data(sandbox: Sandbox, tests: list[dict[str, object]]) -> None:
     with pytest.raises(ValueError, match="mend the data set"):
-        judge_stdin(any_sandbox, "print(1)", tests, LIMITS)
+        judge_stdin(sandbox, "print(1)", tests, LIMITS)
