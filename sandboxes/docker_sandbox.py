@@ -13,12 +13,13 @@ process that made them; when one dies, the next to open the backend on this mach
 import marshal
 import os
 import signal
+import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -110,13 +111,18 @@ class DockerSandbox:
 
     def _run_in(self, container: Any, request: bytes, limits: Limits) -> ExecResult:
         attached = container.attach_socket(params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+        connection = raw_socket(attached)
         try:
             started = time.monotonic()
             container.start()
             usage = Usage(container, limits)
-            streams = exchange(raw_socket(attached), request, limits, started + limits.wall_s, usage.look)
+            streams = exchange(connection, request, limits, started + limits.wall_s, usage.look)
             wall_s = time.monotonic() - started
         finally:
+            # The daemon waits long for who stays attached and does not read, and the SDK's own object leaves it open.
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
             attached.close()
         if streams.stopped is not None:
             return _result(streams, streams.stopped, None, wall_s, usage)
