@@ -124,8 +124,8 @@ def test_the_better_of_two_must_be_better_in_both_positions(server: Server) -> N
 
     server.default = prefers_four
     assert judged(server, mode="pairwise").value == 1.0
-    server.default = lambda text: "BETTER: B" if text.index("bad") < text.index("\n4\n") else "BETTER: A"
-    assert judged(server, "bad", mode="pairwise").value == -1.0
+    server.default = lambda text: "BETTER: B" if text.index("worse") < text.index("\n4\n") else "BETTER: A"
+    assert judged(server, "worse", mode="pairwise").value == -1.0
     server.default = "BETTER: A"
     score = judged(server, "whichever comes first", mode="pairwise")
     assert (score.value, score.info) == (0.0, {"positions": [1, -1]})
@@ -175,9 +175,9 @@ def test_without_a_reference_nothing_is_graded(server: Server) -> None:
 
 
 def test_in_a_reward_set_a_failure_masks_one_sample(server: Server) -> None:
-    server.default = lambda text: "no grade" if "bad" in text else "GRADE: 3"
+    server.default = lambda text: "no grade" if "wrong" in text else "GRADE: 3"
     turn = Turn(np.zeros(1, np.int32), np.ones(1, np.bool_), np.zeros(1, np.float32), np.zeros(1, np.int32))
-    texts = ["good 1", "bad", "good 2", "good 3", "good 4"]
+    texts = ["good 1", "wrong", "good 2", "good 3", "good 4"]
     rollouts = [
         Rollout("p", index, np.zeros(1, np.int32), (turn,), StopReason.EOS, text) for index, text in enumerate(texts)
     ]
