@@ -8,8 +8,8 @@ A box that is never closed counts as none.
 
 import re
 
-MAX_COMPLETION_CHARS = 1_000_000
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{\d])")
+MAX_COMPLETION_CHARS = 400_000
+MARKS = re.compile(r"\\(?:boxed|fbox)\s{0,8}(?:\{|\d)|\\.|[{}]", re.DOTALL)
 HASHES = re.compile(r"####[ \t]*([^\n]+)")
 SPOKEN = re.compile(r"\banswer(?:\s+is\s*:?|\s*:)\s*([^\n]+)", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=[^.])\.(?:\s+[A-Z].*|\s*)$")
@@ -37,28 +37,19 @@ def without_thinking(text: str) -> str:
 
 def last_box(text: str) -> str | None:
     """What stands in the last box that is closed; LaTeX's `\\boxed 5` takes one digit."""
-    answer = None
-    for match in BOX.finditer(text):
-        start = match.end()
-        if text[start] != "{":
-            answer = text[start]
-            continue
-        end = _closing_brace(text, start)
-        answer = text[start + 1 : end] if end is not None else answer
-    return answer
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    depth, index = 0, start
-    while index < len(text):
-        if text[index] == "\\":
-            index += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[index], 0)
-        if depth == 0:
-            return index
-        index += 1
-    return None
+    found = (-1, "")
+    opened: list[int | None] = []
+    # One walk with a stack, as a policy may open a box a hundred thousand times and close none.
+    for match in MARKS.finditer(text):
+        mark = match[0]
+        if mark == "}":
+            start = opened.pop() if opened else None
+            found = max(found, (start, text[start : match.start()])) if start is not None else found
+        elif mark.endswith("{") and mark != "\\{":
+            opened.append(match.end() if len(mark) > 1 else None)
+        elif len(mark) > 2:
+            found = max(found, (match.end() - 1, mark[-1]))
+    return found[1] if found[0] >= 0 else None
 
 
 def _end_of_sentence(text: str) -> str:
