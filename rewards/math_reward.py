@@ -6,6 +6,7 @@ roots and variables, say, goes to SymPy and Math-Verify in a process that may be
 answer is wrong: what can be read in two ways is not read at all.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,6 +25,9 @@ from cispo.types import Score, ScoreStatus
 
 MAX_WORKER_BITS = 400
 """Bits of the largest number that SymPy is given; larger ones are compared only with each other, exactly."""
+
+
+PERCENT = re.compile(r"\s*(?:\\?%|percent)\s*\.?\s*$")
 
 
 class MathStatus(StrEnum):
@@ -56,13 +60,17 @@ class MathArgs(BaseModel):
 
     plain_numbers: bool = False
     """Where the answer is a number, take only a number or a fraction for it: `12 * 13` is no answer to itself."""
+    optional_percent: bool = False
+    """Let the percent sign be missing on one side: `50` for `50%`, as sets that ask "what percent" have it."""
 
 
 class _NeedsSymbolsError(Exception):
     """A leaf is no rational number."""
 
 
-def math_reward(prompt: str, completion: str, *, answer: object, plain_numbers: bool = False) -> Score:
+def math_reward(
+    prompt: str, completion: str, *, answer: object, plain_numbers: bool = False, optional_percent: bool = False
+) -> Score:
     """1.0 when the completion's final answer equals the column `answer`, else 0.0; also where it has no answer to read.
 
     Parts: `correct` and `parsed` (an answer was found and could be read), each 0 or 1. The score is an error, which
@@ -75,6 +83,9 @@ def math_reward(prompt: str, completion: str, *, answer: object, plain_numbers: 
         verdict = _gold_mistake(gold) or missing
     else:
         verdict = is_equal(gold, rf"\boxed{{{found}}}")
+        signs = [PERCENT.search(text) for text in (gold, found)]
+        if optional_percent and not verdict.equal and (signs[0] is None) != (signs[1] is None):
+            verdict = is_equal(PERCENT.sub("", gold), rf"\boxed{{{PERCENT.sub('', found)}}}")
         if plain_numbers and verdict.equal and _is_plain_number(gold) and not _is_plain_number(found):
             verdict = MathVerdict(False, verdict.status, verdict.method, "the answer is a sum yet to be worked out")
     info = {"math": verdict.status.value, "method": verdict.method} | (

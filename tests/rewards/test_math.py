@@ -153,6 +153,21 @@ def test_plain_numbers_must_be_worked_out(completion: str, value: float) -> None
 
 
 @pytest.mark.parametrize(
+    ("answer", "found", "value"),
+    [
+        (r"50\%", "50", 1.0),
+        ("50", r"50\%", 1.0),
+        ("50", "50 percent.", 1.0),
+        (r"50\%", "5", 0.0),
+        (r"50\%", "0.5", 1.0),
+    ],
+)
+def test_a_percent_sign_may_be_optional(answer: str, found: str, value: float) -> None:
+    assert math_reward("", rf"\boxed{{{found}}}", answer=answer, optional_percent=True).value == value
+    assert math_reward("", rf"\boxed{{{found}}}", answer=answer).value == float(found == "0.5")
+
+
+@pytest.mark.parametrize(
     ("completion", "answer"),
     [
         (r"\boxed{1} then \boxed{2}", "2"),
