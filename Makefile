@@ -1,6 +1,7 @@
 # make setup      create .venv with the pinned dependencies, and install the missing system packages
 # make train      set up, then train on recipes/code.yaml; RUN=name names the run folder runs/name
 # make test       set up, then lint, types and the quick tests: what every change must pass
+# make test-docker  set up, then the tests with a Docker daemon, which is installed and started where there is none
 # make test-slow  set up, then the long tests: many seeds, chaos, soak
 # make clean      remove what make made; runs/ stays
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: setup train test lint test-slow clean system
+.PHONY: setup train test test-docker lint test-slow clean system
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
@@ -56,6 +57,19 @@ lint: setup
 
 test: lint
 	@$(BIN)/pytest -q $(PYTEST_ARGS)
+
+# A daemon without a bridge changes nothing in the machine's network. It is ended only if it was started here.
+test-docker: setup
+	@command -v dockerd >/dev/null && command -v mmdebstrap >/dev/null \
+		|| { apt-get update -qq && apt-get install -y -qq docker.io mmdebstrap >/dev/null; }
+	@log=$$(mktemp); pid=; trap '[ -z "$$pid" ] || { kill $$pid; wait $$pid || true; }; rm -f $$log' EXIT; \
+	if ! docker info >/dev/null 2>&1; then \
+		dockerd --bridge=none --iptables=false >$$log 2>&1 & pid=$$!; \
+		for _ in $$(seq 60); do docker info >/dev/null 2>&1 && break; sleep 0.5; done; \
+		docker info >/dev/null 2>&1 || { tail -5 $$log >&2; exit 1; }; \
+	fi; \
+	docker image inspect cispo-sandbox >/dev/null 2>&1 || $(BIN)/python -m cispo.sandboxes.build_image; \
+	$(BIN)/pytest -q -m docker $(PYTEST_ARGS)
 
 test-slow: setup
 	@$(BIN)/pytest -q -m "slow and not gpu and not docker" $(PYTEST_ARGS)

@@ -84,6 +84,15 @@ def check_data(settings: DataSettings, *, base_path: Path, required: Sequence[st
             raise DataError(_no_column(name, settings.columns.get(name, name), str(source), list(first.row)))
 
 
+def first_columns(settings: DataSettings, *, base_path: Path) -> tuple[str, ...] | None:
+    """The columns of the first row beyond the prompt, by our names; None for a hub data set. Errors as check_data."""
+    source = find_source(settings.path, settings.split, base_path=base_path)
+    if isinstance(source, HubName):
+        return None
+    first = next(_prompts(settings, itertools.islice(read_rows(source), 1)), None)
+    return tuple(first.row) if first is not None else None
+
+
 def _rows(settings: DataSettings, base_path: Path) -> Iterator[RawRow]:
     source = find_source(settings.path, settings.split, base_path=base_path)
     if isinstance(source, HubName):

@@ -1,8 +1,8 @@
 """The rewards of the family of code tasks: does the program in the completion do what its hidden tests ask?
 
-Both need the data set's columns `entry_point` (a function's name) and `tests` (a list of `{"args": [...], "expected":
-value}`, or that list as JSON text). Programs run in the sandbox, through the `judge` that a RewardSet hands to every
-reward that asks for it.
+`code` reads the rows of the usual sets (code_schemas.py). `format` needs the columns `entry_point` (a function's name)
+and `tests` (a list of `{"args": [...], "expected": value}`, or that list as JSON text). Programs run in the sandbox,
+through the `judge` and `judge_task` that a RewardSet hands to every reward that asks for them.
 """
 
 import json
@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from cispo.errors import RewardError
-from cispo.rewards.extract import extract_code
+from cispo.rewards.code_schemas import CallTask, CodeTask, task_of
+from cispo.rewards.extract import extract_code, extract_files
 from cispo.sandboxes.types import Verdict, VerdictStatus
 from cispo.types import Score, ScoreStatus
 
@@ -21,6 +22,12 @@ class Judge(Protocol):
     """Runs a program in the sandbox, or remembers its verdict; see judge_calls."""
 
     def __call__(self, code: str, entry_point: str, tests: Sequence[Mapping[str, Any]]) -> Verdict: ...
+
+
+class TaskJudge(Protocol):
+    """Judges a completion's code by a task of any kind, or remembers the verdict."""
+
+    def __call__(self, code: str, files: Mapping[str, str], task: CodeTask) -> Verdict: ...
 
 
 class CodeArgs(BaseModel):
@@ -39,14 +46,25 @@ class FormatArgs(BaseModel):
 
 
 def code(
-    prompt: str, completion: str, *, entry_point: str, tests: object, judge: Judge, partial: bool = False
+    prompt: str,
+    completion: str,
+    *,
+    judge: Judge,
+    judge_task: TaskJudge | None = None,
+    partial: bool = False,
+    **row: Any,
 ) -> Score:
-    """1.0 when every test passes, else 0.0; with `partial` the share of tests passed.
+    """1.0 when every test passes, else 0.0; with `partial` the share of tests passed. Tests are those of the row.
 
     Parts: `correct` (all tests pass) and `well_formed` (the code compiles and defines the entry point), each 0 or 1.
     """
-    cases = parse_tests(tests)
-    verdict = judge(extract_code(completion), entry_point, cases)
+    task = task_of(prompt, row)
+    if isinstance(task, CallTask):
+        verdict = judge(extract_code(completion), task.entry_point, task.tests)
+    elif judge_task is None:
+        raise RewardError("a row of this set needs judge_task, which a RewardSet supplies")
+    else:
+        verdict = judge_task(extract_code(completion), extract_files(completion), task)
     is_correct = verdict.status is VerdictStatus.OK
     value = verdict.passed / verdict.total if partial else float(is_correct)
     parts = {"correct": float(is_correct), "well_formed": float(verdict.is_well_formed)}

@@ -7,6 +7,7 @@ A row is recognised by its columns:
 - `test_list`: MBPP, a list of assert statements, with `test_setup_code` or `test_imports`;
 - `public_test_cases` or `private_test_cases`: LiveCodeBench, `testtype` stdin or functional, with the function's name
   in `metadata`;
+- `must_pass` with `base_files` and `hidden_tests`: a repository, whose files are texts by path;
 - `input_output`, or `inputs` and `outputs`: APPS, TACO, CodeContests and what is made of them, `fn_name` for calls.
 
 Values may be JSON text. Nothing of a row is run here. RewardError says which column is of another form.
@@ -20,7 +21,7 @@ import io
 import json
 import pickle
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,23 +47,48 @@ class CallTask:
 
 @dataclass(frozen=True)
 class AssertTask:
-    """For judge_asserts."""
+    """For judge_asserts. prelude: helpers that the prompt gives, which programs may use without repeating them."""
 
     entry_point: str
     test_source: str
+    prelude: str = ""
 
 
-CodeTask = StdinTask | CallTask | AssertTask
+@dataclass(frozen=True)
+class RepoTask:
+    """For judge_repo: files are texts by their relative path; must_pass are ids of pytest."""
+
+    base_files: dict[str, str]
+    hidden_tests: dict[str, str]
+    must_pass: list[str]
+
+
+CodeTask = StdinTask | CallTask | AssertTask | RepoTask
+MARKS = (
+    "tests", "test", "test_list", "must_pass", "public_test_cases", "private_test_cases", "input_output", "inputs",
+)  # fmt: skip
+
+
+def missing_column(columns: Collection[str]) -> str | None:
+    """What a row with these columns lacks to be a code task, as the end of a sentence; None where it may be one."""
+    if not any(mark in columns for mark in MARKS):
+        return f"no column of a known set of code tasks ({', '.join(MARKS)}); map one by data.columns"
+    needed = {"tests": ("entry_point",), "test": ("entry_point",), "must_pass": ("base_files", "hidden_tests")}
+    first = next(mark for mark in MARKS if mark in columns)
+    lacking = [name for name in needed.get(first, ()) if name not in columns]
+    return f"no column {lacking[0]!r}, which {first!r} needs; map one by data.columns" if lacking else None
 
 
 def task_of(prompt: str, row: Mapping[str, Any]) -> CodeTask:
     """The task of a row. `prompt` is what HumanEval's tests may need of helper functions."""
-    if row.get("tests") is not None:
+    if "tests" in row:
         return _own(row)
     if row.get("test") is not None:
         return _human_eval(prompt, row)
     if row.get("test_list") is not None:
         return _mbpp(row)
+    if row.get("must_pass") is not None:
+        return _repository(row)
     if row.get("public_test_cases") is not None or row.get("private_test_cases") is not None:
         return _live_code_bench(row)
     if row.get("input_output") is not None:
@@ -78,7 +104,8 @@ def _own(row: Mapping[str, Any]) -> CallTask:
     if not all(isinstance(test, Mapping) and {"args", "expected"} <= set(test) for test in tests) or not all(
         isinstance(test["args"], list) for test in tests
     ):
-        raise RewardError("the column tests must be a list of at least one {'args': [...], 'expected': value}")
+        form = "{'args': [...], 'expected': value}"
+        raise RewardError(f"the column tests must be a list of at least one {form}; mend the data set")
     return CallTask(_name(row.get("entry_point"), "entry_point"), [dict(test) for test in tests])
 
 
@@ -86,7 +113,8 @@ def _human_eval(prompt: str, row: Mapping[str, Any]) -> AssertTask:
     entry_point = _name(row.get("entry_point"), "entry_point")
     helpers, found, _ = prompt.partition(f"def {entry_point}(")
     source = _text(row["test"], "test")
-    return AssertTask(entry_point, f"{_compiled_part(helpers)}\n\n{source}" if found else source)
+    prelude = _compiled_part(helpers) if found else ""
+    return AssertTask(entry_point, f"{prelude}\n\n{source}" if prelude else source, prelude)
 
 
 def _compiled_part(source: str) -> str:
@@ -135,6 +163,15 @@ def _live_code_bench(row: Mapping[str, Any]) -> CodeTask:
         for case in cases
     ]
     return CallTask(_name(metadata.get("func_name"), "metadata"), tests)
+
+
+def _repository(row: Mapping[str, Any]) -> RepoTask:
+    files = {}
+    for column in ("base_files", "hidden_tests"):
+        content = _mapping(_decoded(row.get(column), column), column)
+        files[column] = {_text(path, column): _text(text, column) for path, text in content.items()}
+    ids = [_text(test_id, "must_pass") for test_id in _items(_decoded(row["must_pass"], "must_pass"), "must_pass")]
+    return RepoTask(files["base_files"], files["hidden_tests"], ids)
 
 
 class _TextOnly(pickle.Unpickler):

@@ -14,6 +14,7 @@ The rule: the code is the content of the last fenced block, and the whole comple
 import re
 from dataclasses import dataclass
 
+PATH = re.compile(r"(?:^|\s)(?:path|file|filename)=[\"']?(?P<path>[^\s\"']+)")
 FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<tag>.*)")
 
 
@@ -22,6 +23,7 @@ class _Block:
     indent: str
     fence: str
     lines: list[str]
+    tag: str = ""
 
     def is_closed_by(self, line: str) -> bool:
         mark = line.strip()
@@ -33,25 +35,37 @@ class _Block:
 
 def extract_code(completion: str) -> str:
     """The code of a completion by the rule above; line ends become newlines inside a block."""
-    last: _Block | None = None
+    blocks = _blocks(completion)
+    return blocks[-1].text() if blocks else completion
+
+
+def extract_files(completion: str) -> dict[str, str]:
+    """The blocks whose opening fence names a file, ```python path=src/a.py```, by path; of one path the last counts."""
+    named = [(PATH.search(block.tag), block.text()) for block in _blocks(completion)]
+    return {match["path"]: text for match, text in named if match is not None}
+
+
+def _blocks(completion: str) -> list[_Block]:
+    blocks: list[_Block] = []
     current: _Block | None = None
     for line in completion.split("\n"):
         if current is None:
             current = _opened_by(line)
         elif current.is_closed_by(line):
-            last, current = current, None
+            blocks.append(current)
+            current = None
         else:
             current.lines.append(line.rstrip("\r"))
     if current is not None and current.text().strip():
-        last = current
-    return completion if last is None else last.text()
+        blocks.append(current)
+    return blocks
 
 
 def _opened_by(line: str) -> _Block | None:
     match = FENCE.match(line)
     if match is None or (match["fence"][0] == "`" and "`" in match["tag"]):
         return None
-    return _Block(match["indent"], match["fence"], [])
+    return _Block(match["indent"], match["fence"], [], match["tag"])
 
 
 def _without_indent(line: str, indent: str) -> str:

@@ -34,7 +34,7 @@ class LoadedReward:
         return any(parameter.name == name for parameter in keyword_parameters(self.function))
 
     def keywords(self, row: Mapping[str, Any], supplied: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns, supplied values and args that the function takes. `**row` takes all but the `judge`.
+        """The columns, supplied values and args that the function takes. `**row` takes all but the judges.
 
         Raises RewardError for a name with two meanings, and for one that the function needs and nothing gives.
         """
@@ -50,7 +50,7 @@ class LoadedReward:
                 raise RewardError(f"it needs {parameter.name!r}, which is no column and no arg; columns: {columns}")
         named = {parameter.name for parameter in parameters}
         if takes_all_columns(self.function):
-            named |= given.keys() - {"judge"}
+            named |= given.keys() - {"judge", "judge_task"}
         return {key: value for key, value in given.items() if key in named}
 
 

@@ -7,6 +7,7 @@ raises, takes too long, or returns no finite number makes the Score an error, wh
 """
 
 import copy
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cispo.errors import SandboxError
+from cispo.rewards.code_schemas import CallTask, CodeTask
+from cispo.rewards.code_tasks import run_task
 from cispo.rewards.length_bias import LengthBias
 from cispo.rewards.loaded import LoadedReward, load_rewards
 from cispo.rewards.outcome import add_scores, as_score
@@ -22,7 +25,7 @@ from cispo.rewards.plugin_thread import PluginThread
 from cispo.rewards.settings import RewardSettings
 from cispo.rewards.statistics import Counters
 from cispo.sandboxes.backends import open_sandbox
-from cispo.sandboxes.judge import IMPATIENT_PAUSES_S, RETRY_PAUSES_S, judge_calls
+from cispo.sandboxes.judge import IMPATIENT_PAUSES_S, RETRY_PAUSES_S
 from cispo.sandboxes.settings import SandboxSettings
 from cispo.sandboxes.types import Verdict, VerdictStatus
 from cispo.sandboxes.verdict_cache import VerdictCache, verdict_key
@@ -48,7 +51,7 @@ class RewardSet:
         self._limits = sandbox.limits()
         self._cache = VerdictCache()
         self._counters = Counters()
-        needs_sandbox = any(reward.takes("judge") for reward in self._rewards)
+        needs_sandbox = any(reward.takes("judge") or reward.takes("judge_task") for reward in self._rewards)
         self._sandbox = open_sandbox(sandbox.backend, workers=sandbox.workers) if needs_sandbox else None
         self._has_sandbox_failed = False
         self._length_bias = {
@@ -71,12 +74,25 @@ class RewardSet:
         self._counters.count_verdict()
         return verdict
 
+    def judge_task(self, code: str, files: Mapping[str, str], task: CodeTask) -> Verdict:
+        """As judge, for a task of any kind; `files` are what a repository gets in place of `code`."""
+        if isinstance(task, CallTask):
+            return self.judge(code, task.entry_point, task.tests)
+        text = repr((type(task).__name__, task, code, sorted(files.items()), self._limits))
+        key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        verdict = self._cache.get_or_judge(key, partial(self._execute_task, code, files, task))
+        self._counters.count_verdict()
+        return verdict
+
     def _execute(self, code: str, entry_point: str, tests: Sequence[Mapping[str, Any]]) -> Verdict:
+        return self._execute_task(code, {}, CallTask(entry_point, [dict(test) for test in tests]))
+
+    def _execute_task(self, code: str, files: Mapping[str, str], task: CodeTask) -> Verdict:
         if self._sandbox is None:
             raise SandboxError("no reward of the recipe takes `judge`, so no sandbox was opened")
         # A broken sandbox is given all the time it may need once, and not again by every program of the step.
         pauses_s = IMPATIENT_PAUSES_S if self._has_sandbox_failed else RETRY_PAUSES_S
-        verdict = judge_calls(self._sandbox, code, entry_point, tests, self._limits, pauses_s=pauses_s)
+        verdict = run_task(self._sandbox, code, files, task, self._limits, pauses_s)
         self._has_sandbox_failed = verdict.status is VerdictStatus.SANDBOX_ERROR
         self._counters.count_execution(verdict)
         return verdict
@@ -97,6 +113,7 @@ class RewardSet:
             "max_completion_tokens": self._max_completion_tokens,
             "is_truncated": rollout.is_truncated,
             "judge": self.judge,
+            "judge_task": self.judge_task,
         }
         # A function that changes a list of its row must not change it for the next completion or reward.
         row = group.prompt.row if reward.is_built_in else copy.deepcopy(dict(group.prompt.row))

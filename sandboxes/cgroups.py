@@ -89,6 +89,12 @@ class Cgroup:
         highest = int((self.memory / "memory.max_usage_in_bytes").read_text())
         return highest + MEMORY_SLACK_BYTES >= self._memory_mib << 20
 
+    def peak_mib(self) -> float | None:
+        """The most memory in use since `watch_memory`; None in version 2, which counts from the making of the group."""
+        if self.memory is None or self.version == 2:
+            return None
+        return int((self.memory / "memory.max_usage_in_bytes").read_text()) / (1 << 20)
+
     @staticmethod
     def _memory_hits_v2(folder: Path) -> int:
         fields = dict(line.split() for line in (folder / "memory.events").read_text().splitlines())

@@ -1,11 +1,14 @@
 """Runs inside the sandbox, beside the program it calls: a script of its own that imports nothing of ours.
 
 It is handed to the interpreter as text (Python 3.9 or later), so that nothing needs to be readable from inside.
-It reads one marshalled request from stdin (source, entry point, one list of arguments a test), defines the program as
-the module `program`, calls the entry point once a test and writes one line of JSON for each answer:
+It reads one marshalled request from stdin (source, entry point, one pair of positional and named arguments a call, and
+whether answers are tagged), defines the program as the module `program`, makes the calls and writes one line of JSON
+for each answer:
 
     ["loaded"]  ["rejected", why]  ["failed", error type]            about the module
     ["value", i, value]  ["other", i, type]  ["error", i, error type]   about test i
+
+Tagged answers hold more than JSON knows, each such value as a dict of one item (see encode_tagged).
 
 It never knows an expected value, so it needs no defence: a program that takes this process over can only answer, which
 it could have done by returning. It speaks JSON by hand because importing `json` would double the time a program takes.
@@ -33,7 +36,7 @@ class NotPlain(Exception):
 
 def main() -> None:
     sys.path[:] = [folder for folder in sys.path if folder.startswith("/usr") or folder.startswith(sys.base_prefix)]
-    source, entry_point, arguments = marshal.loads(read_all(0))
+    source, entry_point, calls, is_tagged = marshal.loads(read_all(0))
     answers = posix.dup(1)
     posix.dup2(2, 1)
     posix.dup2(posix.open("/dev/null", posix.O_RDONLY), 0)
@@ -46,8 +49,8 @@ def main() -> None:
 
     function = load(source, entry_point, answer)
     if function is not None:
-        for index in range(len(arguments)):
-            answer(call(function, index, arguments[index]))
+        for index, (positional, named) in enumerate(calls):
+            answer(call(function, index, positional, named, is_tagged))
     exit_now(0)
 
 
@@ -83,10 +86,12 @@ def load(source: str, entry_point: str, answer: "Callable[[str], None]") -> "Cal
     return function if is_callable else None
 
 
-def call(function: "Callable[..., Any]", index: int, arguments: "list[Any]") -> str:
+def call(
+    function: "Callable[..., Any]", index: int, positional: "list[Any]", named: "dict[str, Any]", is_tagged: bool
+) -> str:
     try:
-        value = function(*arguments)
-        return f'["value", {index}, {encode(value)}]'
+        value = function(*positional, **named)
+        return f'["value", {index}, {encode(value, is_tagged)}]'
     except NotPlain as error:
         return f'["other", {index}, {quote(error.args[0])}]'
     except BaseException as error:
@@ -97,13 +102,13 @@ def quote(text: str) -> str:
     return encode_basestring_ascii(str(text)[:80])
 
 
-def encode(value: "Any") -> str:
+def encode(value: "Any", is_tagged: bool = False) -> str:
     parts: list[str] = []
-    encode_into(value, parts, MAX_DEPTH)
+    encode_into(value, parts, MAX_DEPTH, is_tagged)
     return "".join(parts)
 
 
-def encode_into(value: "Any", parts: "list[str]", depth: int) -> None:
+def encode_into(value: "Any", parts: "list[str]", depth: int, is_tagged: bool) -> None:
     """Exact types only: a subclass may compare and print as it likes."""
     kind = type(value)
     if len(parts) > MAX_ITEMS or depth == 0:
@@ -114,15 +119,20 @@ def encode_into(value: "Any", parts: "list[str]", depth: int) -> None:
         parts.append(encode_basestring_ascii(value))
     elif kind is int:
         parts.append(int.__repr__(value))
+    elif is_tagged and kind not in (list, float):
+        encode_tagged(value, parts, depth, is_tagged)
     elif kind is float:
-        if not value - value == 0:
+        if value - value == 0:
+            parts.append(float.__repr__(value))
+        elif is_tagged:
+            parts.append('{"float":"' + float.__repr__(value) + '"}')
+        else:
             raise NotPlain("a float that is not finite")
-        parts.append(float.__repr__(value))
     elif kind is list:
         parts.append("[")
         for place, item in enumerate(value):
             parts.append("," if place else "")
-            encode_into(item, parts, depth - 1)
+            encode_into(item, parts, depth - 1, is_tagged)
         parts.append("]")
     elif kind is dict:
         parts.append("{")
@@ -130,10 +140,29 @@ def encode_into(value: "Any", parts: "list[str]", depth: int) -> None:
             if type(key) is not str:
                 raise NotPlain("a dict with keys that are not all str")
             parts.append(("," if place else "") + encode_basestring_ascii(key) + ":")
-            encode_into(item, parts, depth - 1)
+            encode_into(item, parts, depth - 1, is_tagged)
         parts.append("}")
     else:
         raise NotPlain(kind.__name__)
+
+
+def encode_tagged(value: "Any", parts: "list[str]", depth: int, is_tagged: bool) -> None:
+    """A dict as a list of pairs, and what JSON lacks."""
+    kind = type(value)
+    if kind in (tuple, set, frozenset):
+        parts.append('{"' + kind.__name__ + '":')
+        encode_into(list(value), parts, depth, is_tagged)
+    elif kind is dict:
+        parts.append('{"dict":')
+        encode_into([list(pair) for pair in value.items()], parts, depth, is_tagged)
+    elif kind is bytes:
+        parts.append('{"bytes":' + encode_basestring_ascii(value.decode("latin-1")))
+    elif kind is complex:
+        parts.append('{"complex":')
+        encode_into([value.real, value.imag], parts, depth, is_tagged)
+    else:
+        raise NotPlain(kind.__name__)
+    parts.append("}")
 
 
 if __name__ == "__main__":

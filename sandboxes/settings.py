@@ -12,8 +12,12 @@ class SandboxSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backend: Literal["auto", "bubblewrap", "unsafe-local"] = "auto"
+    backend: Literal["auto", "bubblewrap", "docker", "unsafe-local"] = "auto"
     """`auto` takes the best isolation there is and fails without any; `unsafe-local` isolates nothing."""
+    image: str = "cispo-sandbox"
+    """The image of the backend docker: any with a python3 of 3.9 or later."""
+    runtime: str | None = None
+    """The runtime of the backend docker as its daemon knows it, such as `runsc`; null takes the daemon's default."""
     workers: int = Field(default=2, ge=1, le=256)
     """Programs that run at a time."""
     wall_s: float = Field(default=10.0, gt=0, le=3600)

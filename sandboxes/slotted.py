@@ -126,11 +126,20 @@ def conclude(ended: Ended, exit_code: int, limits: Limits) -> ExecResult:
     return ExecResult(
         status=_status(ended, exit_code, limits),
         exit_code=None if ended.stopped else exit_code,
+        signal=None if ended.stopped else signal_of(exit_code),
         stdout=bytes(ended.stdout),
         stderr=bytes(ended.stderr),
+        truncated=ended.stopped is ExecStatus.OUTPUT_LIMIT,
         wall_s=ended.wall_s,
         cpu_s=ended.cpu_s,
+        peak_mib=ended.peak_mib,
     )
+
+
+def signal_of(exit_code: int) -> int | None:
+    """The number of the signal that an exit code of a shell's kind stands for."""
+    number = exit_code - 128
+    return number if number in signal.valid_signals() else None
 
 
 def _status(ended: Ended, exit_code: int, limits: Limits) -> ExecStatus:

@@ -69,6 +69,7 @@ class Ended:
     wall_s: float = 0.0
     stopped: ExecStatus | None = None
     was_out_of_memory: bool = False
+    peak_mib: float | None = None
     stdout: bytearray = field(default_factory=bytearray)
     stderr: bytearray = field(default_factory=bytearray)
     report: bytearray = field(default_factory=bytearray)
@@ -127,6 +128,7 @@ class Supervisor:
         ended.wall_s = watch.elapsed_s()
         ended.cpu_s = max(ended.cpu_s, watch.seen_cpu_s())  # of what is killed, the kernel counts only a part
         ended.was_out_of_memory = watch.was_out_of_memory()
+        ended.peak_mib = self.cgroup.peak_mib() if self.cgroup is not None else None
         if ended.stopped is None and ended.cpu_s > job.limits.cpu_s:
             ended.stopped = ExecStatus.TIMEOUT  # it ended between two looks, which come late on a busy machine
         return ended

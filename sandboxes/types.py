@@ -57,16 +57,21 @@ class ExecResult:
     """What one program did.
 
     exit_code: as a shell reports it (128 + signal number when a signal ended it); None when the sandbox ended it.
-    stdout, stderr: the first `output_kib` of each.
+    signal: the number that an exit code above 128 stands for, else None. A program may also exit with such a code.
+    stdout, stderr: the first `output_kib` of each; truncated says that there was more.
     cpu_s: CPU seconds of the program and its children, the start of the sandbox included.
+    peak_mib: the most memory that the program and its children had together; None where the kernel does not tell.
     """
 
     status: ExecStatus
     exit_code: int | None
+    signal: int | None
     stdout: bytes
     stderr: bytes
+    truncated: bool
     wall_s: float
     cpu_s: float
+    peak_mib: float | None
 
 
 @dataclass(frozen=True, slots=True)

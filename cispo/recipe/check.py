@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from cispo.data import DataSettings, check_data
+from cispo.data import DataSettings, check_data, first_columns
 from cispo.errors import CheckpointError, CispoError
 from cispo.model.config import ModelConfig
 from cispo.model.families import read_hf_config
@@ -14,9 +14,10 @@ from cispo.recipe.document import SettingPath
 from cispo.recipe.schema import TrainRecipe
 from cispo.recipe.sft_schema import SftRecipe
 from cispo.resources import BUNDLED, resolve_policy
+from cispo.rewards.code_schemas import missing_column
 from cispo.rewards.resolve import check_reward, keyword_parameters
 
-SUPPLIED = frozenset({"completion_length_tokens", "max_completion_tokens", "is_truncated", "judge"})
+SUPPLIED = frozenset({"completion_length_tokens", "max_completion_tokens", "is_truncated", "judge", "judge_task"})
 """What a reward may take that is no column of the data: the reward worker gives it."""
 
 FileMistake = tuple[SettingPath, str]
@@ -27,7 +28,7 @@ def train_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     routing = {"routing_replay": recipe.learner.routing_replay} | _router_loss(recipe)
     found = policy_mistakes(recipe.policy.path, recipe.base_path) or _routing_mistakes(recipe, routing)
     rewards, columns = _reward_mistakes(recipe)
-    found += _data_mistakes(("data",), recipe.data, recipe.base_path, columns)
+    found += _data_mistakes(("data",), recipe.data, recipe.base_path, columns) or _task_mistakes(recipe)
     if recipe.evaluation is not None:
         found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path, columns)
     return found + rewards
@@ -112,6 +113,16 @@ def _read_config(file: Path) -> ModelConfig:
 def _data_mistakes(path: SettingPath, data: DataSettings, base_path: Path, columns: Sequence[str]) -> list[FileMistake]:
     texts = _messages(partial(check_data, data, base_path=base_path, required=columns))
     return [((*path, "path"), text) for text in texts]
+
+
+def _task_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
+    """The columns that the reward `code` misses in the first row; it takes rows of several sets."""
+    if all(reward.name != "code" for reward in recipe.rewards):
+        return []
+    columns = first_columns(recipe.data, base_path=recipe.base_path)
+    missing = missing_column(columns) if columns is not None else None
+    text = f"{missing}; the columns are {', '.join(columns or ())}"
+    return [(("data", "path"), text)] if missing else []
 
 
 def _reward_mistakes(recipe: TrainRecipe) -> tuple[list[FileMistake], list[str]]:

@@ -60,8 +60,9 @@ def test_human_eval_has_the_prompts_helpers() -> None:
     row = {"entry_point": "f", "test": "def check(candidate):\n    assert candidate(1) == helper(1)\n"}
     task = task_of(prompt, row)
     assert isinstance(task, AssertTask) and task.entry_point == "f"
-    assert task.test_source == "import math\n\ndef helper(x):\n    return x\n\n\n\n" + row["test"]
-    assert task_of("Write in Python: def f(x)", row) == AssertTask("f", "\n\n" + row["test"])
+    assert task.prelude == "import math\n\ndef helper(x):\n    return x\n\n"
+    assert task.test_source == f"{task.prelude}\n\n{row['test']}"
+    assert task_of("Write in Python: def f(x)", row) == AssertTask("f", row["test"])
     assert task_of("no such function", row) == AssertTask("f", row["test"])
 
 

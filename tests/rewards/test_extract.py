@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cispo.rewards.extract import extract_code
+from cispo.rewards.extract import extract_code, extract_files
 
 CASES = {
     "no fence": ("def f(): pass", "def f(): pass"),
@@ -63,3 +63,12 @@ BLOCKS = st.tuples(
 def test_of_closed_blocks_the_last_counts(blocks: list[tuple[str, list[str]]], between: str) -> None:
     parts = ["\n".join([f"{fence}python", *lines, fence]) + "\n" for fence, lines in blocks]
     assert extract_code(between.join(["", *parts, ""])) == "".join(line + "\n" for line in blocks[-1][1])
+
+
+def test_blocks_that_name_a_file() -> None:
+    completion = (
+        "```python path=src/a.py\nx = 1\n```\ntext\n```py file='b.py'\ny\n```\n```python\nz\n```\n"
+        "```python path=src/a.py\nx = 2\n```\n"
+    )
+    assert extract_files(completion) == {"src/a.py": "x = 2\n", "b.py": "y\n"}
+    assert extract_files("no block") == {}

@@ -264,7 +264,7 @@ def test_a_broken_sandbox_is_waited_for_once_and_not_by_every_program(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("cispo.sandboxes.judge.time.sleep", slept.append)
+    monkeypatch.setattr("cispo.sandboxes.attempts.time.sleep", slept.append)
     rewards = make(RewardSettings(name="code"))
     working = rewards._sandbox
 

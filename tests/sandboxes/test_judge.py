@@ -301,7 +301,7 @@ class ScriptedSandbox:
         output = self.outputs.pop(0)
         if isinstance(output, SandboxError):
             raise output
-        return ExecResult(ExecStatus.OK, 0, output, b"", 0.1, 0.1)
+        return ExecResult(ExecStatus.OK, 0, None, output, b"", False, 0.1, 0.1, None)
 
     def capabilities(self) -> Capabilities:
         return Capabilities("scripted", False, False, False, False, False, "python3", "3.11.0")
@@ -325,7 +325,7 @@ def test_a_sandbox_that_fails_once_is_tried_again() -> None:
 
 def test_a_sandbox_that_fails_for_seconds_still_gives_the_programs_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("cispo.sandboxes.judge.time.sleep", slept.append)
+    monkeypatch.setattr("cispo.sandboxes.attempts.time.sleep", slept.append)
     sandbox = ScriptedSandbox([SandboxError("fork: Resource temporarily unavailable")] * 5 + [GOOD])
     assert judge_calls(sandbox, "", "f", SUM_TESTS, LIMITS).status is VerdictStatus.OK
     assert slept == [0.0, *RETRY_PAUSES_S] and sum(slept) > 10.0
@@ -340,14 +340,14 @@ def test_a_sandbox_that_fails_to_the_last_is_no_verdict_on_the_program() -> None
 
 def test_a_slow_failure_is_not_repeated_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 50))
-    monkeypatch.setattr("cispo.sandboxes.judge.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("cispo.sandboxes.attempts.time.monotonic", lambda: float(next(clock)))
     sandbox = ScriptedSandbox([SandboxError("no core")] * 6)
     assert judge_calls(sandbox, "", "f", SUM_TESTS, LIMITS).status is VerdictStatus.SANDBOX_ERROR
     assert len(sandbox.calls) == 2
 
 
 def test_a_program_over_its_time_has_not_passed_although_it_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    answered = ExecResult(ExecStatus.TIMEOUT, None, GOOD, b"", 1.0, 1.1)
+    answered = ExecResult(ExecStatus.TIMEOUT, None, None, GOOD, b"", False, 1.0, 1.1, None)
     sandbox = ScriptedSandbox([])
     monkeypatch.setattr(sandbox, "run", lambda argv, **options: answered)
     verdict = judge_calls(sandbox, "", "f", SUM_TESTS, LIMITS)

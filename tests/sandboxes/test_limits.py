@@ -193,3 +193,12 @@ def test_ends_are_reported_as_a_shell_does(run_python: Run, source: str, exit_co
 def test_limits_must_be_positive(field: str) -> None:
     with pytest.raises(ValueError, match=field):
         Limits(**{field: 0})
+
+
+def test_a_result_names_signal_truncation_and_peak(run_python: Run) -> None:
+    killed = run_python("import os; kept = bytearray(40 << 20); os.kill(os.getpid(), 11)")
+    assert (killed.signal, killed.exit_code, killed.truncated) == (11, 139, False)
+    assert killed.peak_mib is None or 40.0 < killed.peak_mib < 128.0
+    flood = run_python("while True: print('x' * 1000)", limits=SMALL)
+    assert (flood.signal, flood.exit_code, flood.truncated) == (None, None, True)
+    assert run_python("raise SystemExit(3)").signal is None
