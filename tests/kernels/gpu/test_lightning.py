@@ -56,6 +56,19 @@ def test_forward_and_gradient_equal_the_twin(dim: int, lengths: list[int], dtype
     assert error(gradient, wanted_gradient) < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize(("dim", "lengths"), [(64, [5, 64, 130, 1]), (128, [70])])
+def test_gradient_of_the_operands_is_that_before_silu(dim: int, lengths: list[int]) -> None:
+    grid = chunk_grid(lengths, CPU)
+    x_NI = random(sum(lengths), 3 * HEADS * dim).requires_grad_()
+    dout_NJ = random(sum(lengths), HEADS * dim, seed=1)
+    qkv_NI = torch.nn.functional.silu(x_NI)
+    gradient = lightning_backward.backward(qkv_NI.detach(), None, dout_NJ, SLOPES_H, grid)
+    (gradient,) = torch.autograd.grad(qkv_NI, x_NI, gradient)
+    x_twin = x_NI.detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(twin(x_twin, grid), x_twin, dout_NJ)
+    assert error(gradient, wanted) < TOLERANCES[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(("dim", "cuts"), [(64, [0, 10, 50, 64, 130, 190]), (64, [0, 128, 129]), (128, [0, 70, 126])])
 def test_pieces_and_tokens_go_on_from_the_caches(dim: int, cuts: list[int], dtype: torch.dtype) -> None:
