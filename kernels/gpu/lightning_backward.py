@@ -72,14 +72,16 @@ def backward_kernel(
     chunks = tl.cdiv(rows, _CHUNK)
     for step in range(0, chunks):
         chunk = tl.where(is_reverse, chunks - 1 - step, step) * _CHUNK
+        if HAS_SILU:
+            # First, so that it is there when it is needed. Plain loads: for one more descriptor there are no registers.
+            row = chunk + tl.arange(0, _CHUNK)
+            x_tile = x + begin * x_row + of_role + row[:, None].to(tl.int64) * x_row + tl.arange(0, BLOCK_V)[None, :]
+            x_rows = tl.load(x_tile, mask=(row < rows)[:, None], other=0.0)
         b_transposed = tl.trans(b_rows.load([chunk, 0]))
         c_chunk = c_rows.load([chunk, 0])
         gradient = chunk_output(a_rows.load([chunk, 0]), b_transposed, c_chunk, state, within, query_decay)
         if HAS_SILU:
-            # Plain loads: with one more descriptor the registers do not suffice.
-            row = chunk + tl.arange(0, _CHUNK)
-            x_tile = x + begin * x_row + of_role + row[:, None].to(tl.int64) * x_row + tl.arange(0, BLOCK_V)[None, :]
-            x_chunk = tl.load(x_tile, mask=(row < rows)[:, None], other=0.0).to(tl.float32)
+            x_chunk = x_rows.to(tl.float32)
             sigmoid = 1.0 / (1.0 + tl.exp(-x_chunk))
             gradient *= sigmoid * (1.0 + x_chunk * (1.0 - sigmoid))
         gradient_rows.store([chunk, 0], gradient.to(dqkv.dtype.element_ty))
