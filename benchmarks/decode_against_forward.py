@@ -22,7 +22,8 @@ from cispo.model.checkpoint import load_policy
 from cispo.model.decoder import Decoder
 from cispo.model.tokenizer import Tokenizer
 from cispo.resources import resolve_policy
-from cispo.rollout.engine import Engine, GroupRequest, SamplingSettings
+from cispo.rollout.engine import Engine, SamplingSettings
+from cispo.rollout.request import Drawing, GroupRequest
 from cispo.types import Prompt, Rollout
 
 PROMPTS = [
@@ -42,7 +43,7 @@ def sample(decoder: Decoder, tokenizer: Tokenizer, tokens: int, completions: int
         max_prompt_tokens=256,
     )
     for number, text in enumerate(PROMPTS):
-        engine.submit(GroupRequest(Prompt(id=str(number), text=text), completions, 1.0, "0"))
+        engine.submit(GroupRequest(Prompt(id=str(number), text=text), completions, Drawing(1.0), "0"))
     rollouts: list[Rollout] = []
     while not engine.is_idle:
         engine.step()

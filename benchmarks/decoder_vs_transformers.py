@@ -23,6 +23,7 @@ from cispo.model.arithmetic import prepare_products
 
 prepare_products()
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -79,7 +80,7 @@ class Ours:
         hidden = self.decoder(self.prompt_BT.flatten(), positions, cu_seqlens, target)[PROMPT - 1 :: PROMPT]
         for _ in range(DECODED - 1):
             ids_B = self.decoder.logits(hidden).argmax(-1)
-            hidden = self.decoder.decode(ids_B, cache.begin_step(sequences), cache)
+            hidden = self.decoder.decode(ids_B, cache.begin_step(np.arange(sequences)), cache)
         self.decoder.logits(hidden).argmax(-1)
 
 

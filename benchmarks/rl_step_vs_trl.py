@@ -35,7 +35,8 @@ from cispo.learner_settings import LearnerSettings
 from cispo.model.checkpoint import load_policy
 from cispo.model.tokenizer import Tokenizer
 from cispo.objective_settings import CispoSettings
-from cispo.rollout.engine import Engine, GroupRequest, SamplingSettings
+from cispo.rollout.engine import Engine, SamplingSettings
+from cispo.rollout.request import Drawing, GroupRequest
 from cispo.types import Prompt, Score, ScoredGroup
 
 GROUP_SIZE = 8
@@ -116,7 +117,7 @@ class Ours:
     def step(self) -> None:
         started = time.perf_counter()
         for prompt in self._prompts:
-            self._engine.submit(GroupRequest(prompt, GROUP_SIZE, 1.0, stream=str(len(self.times.steps))))
+            self._engine.submit(GroupRequest(prompt, GROUP_SIZE, Drawing(1.0), stream=str(len(self.times.steps))))
         while not self._engine.is_idle:
             self._engine.step()
         groups = self._engine.collect()

@@ -61,10 +61,10 @@ class RolloutWorker:
 
     def sample(self, request: SampleRequest) -> Iterator[Group]:
         """Groups as they end, one after the other."""
-        from cispo.rollout.engine import GroupRequest
+        from cispo.rollout.request import Drawing, GroupRequest
 
         for prompt in request.prompts:
-            self._engine.submit(GroupRequest(prompt, request.group_size, request.temperature, request.stream))
+            self._engine.submit(GroupRequest(prompt, request.group_size, Drawing(request.temperature), request.stream))
         while not self._engine.is_idle:
             self._engine.step()
             # Ray resumes the generator by `send`, which a list's iterator behind `yield from` lacks.

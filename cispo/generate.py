@@ -19,7 +19,8 @@ from cispo.model.decoder import Decoder
 from cispo.model.routing import RoutingLog
 from cispo.model.tokenizer import Tokenizer
 from cispo.resources import resolve_policy
-from cispo.rollout.engine import Engine, GroupRequest, SamplingSettings
+from cispo.rollout.engine import Engine, SamplingSettings
+from cispo.rollout.request import Drawing, GroupRequest
 from cispo.types import Group, Prompt, Rollout, StopReason
 
 MAX_CONCURRENT_COMPLETIONS = 64
@@ -112,7 +113,11 @@ class Policy:
         for number, prompt in enumerate(asked):
             # Noise is by id, so equal prompts of one call need ids of their own to be answered differently.
             request = GroupRequest(
-                Prompt(id=str(number), text=prompt), completions, temperature, "", expert_threshold, number
+                Prompt(id=str(number), text=prompt),
+                completions,
+                Drawing(temperature),
+                expert_threshold=expert_threshold,
+                log_sequence=number,
             )
             try:
                 engine.submit(request)

@@ -27,6 +27,12 @@ class StopReason(StrEnum):
     """The policy sampled its end-of-sequence token, which is the completion's last token."""
     LENGTH = "length"
     """The completion reached the recipe's limit of tokens and is truncated."""
+    STOP_STRING = "stop_string"
+    """Its text came to hold a string that was asked to end it."""
+    STOP_TOKEN = "stop_token"
+    """It sampled a token that was asked to end it."""
+    REPETITION = "repetition"
+    """Too many tokens in a row were almost certain, as in a text that goes round in circles; it is truncated."""
 
 
 class ScoreStatus(StrEnum):
@@ -112,7 +118,7 @@ class Rollout:
 
     @property
     def is_truncated(self) -> bool:
-        return self.stop_reason is StopReason.LENGTH
+        return self.stop_reason in (StopReason.LENGTH, StopReason.REPETITION)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ _PANEL = 32
 _head_logprobs = CpuFunction("head_logprobs", "pippfppppiiii")
 _head_gradient = CpuFunction("head_gradient", "ppppfpipppiiii")
 _pack_head = CpuFunction("pack_head", "ppii")
-_sample = CpuFunction("sample", "pippppnit")
+_sample = CpuFunction("sample", "pipppppnit")
 
 
 def serves(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
@@ -112,12 +112,15 @@ def head_policy_loss(
     return apply(_rows(hidden_ND), weight_VD.contiguous(), targets_N, coefficients, temperature, list(blocks))
 
 
-def sample(logits_BV: Tensor, uniform_B: Tensor, temperature_B: Tensor | None) -> tuple[Tensor, Tensor]:
+def sample(
+    logits_BV: Tensor, uniform_B: Tensor, temperature_B: Tensor | None, cut_BV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Ids and logprobs of cispo.rollout.sampling.sample_tokens, from float32 logits on CPU."""
     batch, vocabulary = logits_BV.shape
     logits_BV = _rows(logits_BV)
     temperature_B = None if temperature_B is None else temperature_B.contiguous()
     ids_B, logprob_B = torch.empty(batch, dtype=torch.int64), torch.empty(batch)
-    inputs = (logits_BV, logits_BV.stride(0), temperature_B, uniform_B.contiguous())
+    cut_BV = None if cut_BV is None else cut_BV.contiguous()
+    inputs = (logits_BV, logits_BV.stride(0), cut_BV, temperature_B, uniform_B.contiguous())
     _sample(*inputs, ids_B, logprob_B, batch, vocabulary, torch.get_num_threads())
     return ids_B, logprob_B

@@ -262,7 +262,7 @@ def _final_state(
 def lightning_decode(
     qkv_BI: Tensor,
     slopes: Decays,
-    every_B: Tensor,
+    slot_B: Tensor,
     row_B: Tensor,
     full_rows: Tensor | None,
     state_SHDD: Tensor,
@@ -270,34 +270,37 @@ def lightning_decode(
     v_recent_SHCD: Tensor,
     copy_SHDD: Tensor | None = None,
 ) -> Tensor:
-    """One token for each of the sequences in slots 0 .. B - 1; [B, J], in `lightning_attention`'s dtype.
+    """One token for each of the sequences in slots slot_B; [B, J], in `lightning_attention`'s dtype.
 
     The caches are updated in place; copy_SHDD as in `lightning_prefill`.
 
-    qkv_BI: projections before SiLU. every_B: 0 .. B - 1, int64. row_B: row of the token in its chunk (position modulo
-    64), int64. full_rows: indices of the sequences whose chunk this token completes (int64), or None when there is
-    none; their state takes the chunk in and the rows start anew. The CUDA kernels find them in row_B themselves.
+    qkv_BI: projections before SiLU. slot_B: where each sequence lies in the caches, int64; only idle rows may share a
+    slot. row_B: row of the token in its chunk (position modulo 64), int64. full_rows: indices of the sequences whose
+    chunk this token completes (int64), or None when there is none; their state takes the chunk in and the rows start
+    anew. The CUDA kernels find them in row_B themselves.
     """
     if _is_on_cuda(qkv_BI, slopes):
         from cispo.kernels.gpu import lightning_decode as cuda
 
-        return cuda.decode(qkv_BI, slopes.slopes_H, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD, copy_SHDD)
+        return cuda.decode(qkv_BI, slopes.slopes_H, slot_B, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD, copy_SHDD)
     _refuse_copy(copy_SHDD, qkv_BI)
     if _is_served(qkv_BI, slopes):
-        return lightning_cpu.decode(qkv_BI, slopes.table_HT, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD)
-    state, k_recent, v_recent = (cache[: len(qkv_BI)] for cache in (state_SHDD, k_recent_SHDC, v_recent_SHCD))
+        return lightning_cpu.decode(qkv_BI, slopes.table_HT, slot_B, row_B, state_SHDD, k_recent_SHDC, v_recent_SHCD)
     q_BHD, k_BHD, v_BHD = _heads(qkv_BI, slopes.table_HT.shape[0])
-    k_recent[every_B, :, :, row_B] = k_BHD.to(k_recent.dtype)
-    v_recent[every_B, :, row_B] = v_BHD.to(v_recent.dtype)
-    k_rows, v_rows = k_recent.float(), v_recent.float()
+    k_recent_SHDC[slot_B, :, :, row_B] = k_BHD.to(k_recent_SHDC.dtype)
+    v_recent_SHCD[slot_B, :, row_B] = v_BHD.to(v_recent_SHCD.dtype)
+    caches = (state_SHDD, k_recent_SHDC, v_recent_SHCD)
+    state, k_rows, v_rows = (cache.index_select(0, slot_B).float() for cache in caches)
     query = F.pad(q_BHD.unsqueeze(2), (0, 0, 0, QUERY_ROWS - 1))
     within = slopes.within_CHC.index_select(0, row_B).unsqueeze(2)
     scores = _product(query, k_rows).mul_(within)
     decayed = _product(query, state).mul_(slopes.query_CH11.index_select(0, row_B))
     out_BHD = _product(scores, v_rows).add_(decayed)[:, :, 0]
     if full_rows is not None:
+        full_slots = slot_B.index_select(0, full_rows)
         k, v = k_rows.index_select(0, full_rows).transpose(2, 3), v_rows.index_select(0, full_rows)
-        state.index_copy_(0, full_rows, slopes.chunk_H11 * state.index_select(0, full_rows) + _chunk_kv(k, v, slopes))
-        k_recent.index_fill_(0, full_rows, 0.0)
-        v_recent.index_fill_(0, full_rows, 0.0)
+        after = slopes.chunk_H11 * state.index_select(0, full_rows) + _chunk_kv(k, v, slopes)
+        state_SHDD.index_copy_(0, full_slots, after)
+        k_recent_SHDC.index_fill_(0, full_slots, 0.0)
+        v_recent_SHCD.index_fill_(0, full_slots, 0.0)
     return out_BHD.flatten(1)

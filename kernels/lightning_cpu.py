@@ -32,7 +32,7 @@ _MAXIMUM_DIM = 128
 
 _forward = CpuFunction("lightning_forward", "pippipipppppppiii")
 _backward = CpuFunction("lightning_backward", "pippipippppiiii")
-_decode = CpuFunction("lightning_decode", "pippppppniit")
+_decode = CpuFunction("lightning_decode", "pipppppppniit")
 
 
 def takes(head_dim: int) -> bool:
@@ -161,9 +161,15 @@ def prefill(
 
 
 def decode(
-    qkv_BI: Tensor, table_HT: Tensor, row_B: Tensor, state_SHDD: Tensor, k_recent_SHDC: Tensor, v_recent_SHCD: Tensor
+    qkv_BI: Tensor,
+    table_HT: Tensor,
+    slot_B: Tensor,
+    row_B: Tensor,
+    state_SHDD: Tensor,
+    k_recent_SHDC: Tensor,
+    v_recent_SHCD: Tensor,
 ) -> Tensor:
-    """float32 [B, J] of one token for each of the slots 0 .. B - 1, in row row_B (int64) of its chunk.
+    """float32 [B, J] of one token for each of the slots slot_B, in row row_B (both int64) of its chunk.
 
     Reads of the recent keys and values only the rows up to the token's own.
     """
@@ -173,5 +179,5 @@ def decode(
     out_BJ = torch.empty(batch, inner)
     caches = state_SHDD, k_recent_SHDC, v_recent_SHCD
     sizes = batch, heads, inner // heads, torch.get_num_threads()
-    _decode(qkv_BI, qkv_BI.stride(0), row_B, table_HT, out_BJ, *caches, *sizes)
+    _decode(qkv_BI, qkv_BI.stride(0), row_B, slot_B, table_HT, out_BJ, *caches, *sizes)
     return out_BJ

@@ -171,11 +171,11 @@ def _head_dim(qkv_NX: Tensor, heads: int, key_heads: int) -> int:
     return qkv_NX.shape[1] // (heads + 2 * key_heads)
 
 
-def _is_for_triton(qkv_NX: Tensor, heads: int, key_heads: int) -> bool:
-    """Whether the CUDA kernels take these rows: the same answer in training, prefill and decode."""
-    if not qkv_NX.is_cuda or qkv_NX.dtype is not torch.bfloat16:
+def is_for_triton(like: Tensor, heads: int, key_heads: int, dim: int) -> bool:
+    """Whether the CUDA kernels take rows of this dtype and device: the same in training, prefill and decode."""
+    if not like.is_cuda or like.dtype is not torch.bfloat16:
         return False
-    return _head_dim(qkv_NX, heads, key_heads) in _TRITON_DIMS and heads <= key_heads * _TRITON_ROWS
+    return dim in _TRITON_DIMS and heads <= key_heads * _TRITON_ROWS
 
 
 def softmax_attention(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, grid: ChunkGrid) -> Tensor:
@@ -191,7 +191,7 @@ def softmax_attention(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads:
     if softmax_cpu.serves(qkv_NX, rotary_N2R, _head_dim(qkv_NX, heads, key_heads)):
         return softmax_cpu.attention(qkv_NX, rotary_N2R, heads, key_heads, grid)
     grid.refuse_branches()
-    if _is_for_triton(qkv_NX, heads, key_heads):
+    if is_for_triton(qkv_NX, heads, key_heads, _head_dim(qkv_NX, heads, key_heads)):
         from cispo.kernels.gpu import softmax
 
         return softmax.attention(qkv_NX, rotary_N2R, heads, key_heads, grid)
@@ -208,7 +208,7 @@ def softmax_prefill(
     """
     if softmax_cpu.serves(qkv_NX, rotary_N2R, _head_dim(qkv_NX, heads, key_heads)):
         return softmax_cpu.prefill(qkv_NX, rotary_N2R, heads, key_heads, grid, pages)
-    if _is_for_triton(qkv_NX, heads, key_heads):
+    if is_for_triton(qkv_NX, heads, key_heads, _head_dim(qkv_NX, heads, key_heads)):
         from cispo.kernels.gpu import softmax
 
         return softmax.prefill(qkv_NX, rotary_N2R, heads, key_heads, grid, pages)
@@ -225,7 +225,7 @@ def softmax_decode(
     """
     if softmax_cpu.serves(qkv_BX, rotary_B2R, _head_dim(qkv_BX, heads, key_heads)):
         return softmax_cpu.decode(qkv_BX, rotary_B2R, heads, key_heads, pages, position_B, active)
-    if _is_for_triton(qkv_BX, heads, key_heads):
+    if is_for_triton(qkv_BX, heads, key_heads, _head_dim(qkv_BX, heads, key_heads)):
         from cispo.kernels.gpu import softmax
 
         return softmax.decode(qkv_BX, rotary_B2R, heads, key_heads, pages, position_B)

@@ -164,12 +164,17 @@ class Decoder(nn.Module):
         return self._trained_rows
 
     @property
+    def whole_layers(self) -> list[Layer]:
+        """The layers, first to last."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    @property
     def takes_branches(self) -> bool:
         """Whether `forward` takes families: a prompt packed once with the sequences that go on from it.
 
         The CPU kernels of attention do, in float32 and for the head dims they serve; their twins take whole sequences.
         """
-        return all(layer.mixer.takes_branches for layer in self.layers if isinstance(layer, Layer))
+        return all(layer.mixer.takes_branches for layer in self.whole_layers)
 
     def initialise(self, seed: int) -> None:
         """Draw every matrix from N(0, initializer_range^2), in order of names; norms are ones and biases zeros."""
@@ -222,7 +227,7 @@ class Decoder(nn.Module):
     def decode(
         self, ids_B: Tensor, step: DecodeStep, cache: DecodeCache, routing: RoutingControl | None = None
     ) -> Tensor:
-        """Hidden state of one more token of each sequence in slots 0 .. B - 1; [B, D]. routing: as in `forward`."""
+        """Hidden state of one more token of each of the step's sequences; [B, D]. routing: as in `forward`."""
         rotary = select_rows(self._rotary(step.positions), step.position_B)
         rows, next_norms = self._normalise(select_rows(self.embedding, ids_B))
         routed = routing.of_step(self.config, len(ids_B), step.active, ids_B.device) if routing else None
@@ -234,7 +239,7 @@ class Decoder(nn.Module):
 
     def _normalise(self, h_ND: Tensor) -> tuple[Rows, list[Tensor]]:
         """The rows that the first layer reads, of embeddings, and the norm that each layer's rows leave with."""
-        first_norm, *next_norms = [layer.mixer_norm for layer in self.layers if isinstance(layer, Layer)]
+        first_norm, *next_norms = [layer.mixer_norm for layer in self.whole_layers]
         x_ND = rms_norm(h_ND, first_norm, self.config.norm_epsilon)
         return Rows(x_ND if self.config.is_postnorm else h_ND, x_ND), [*next_norms, self.final_norm]
 
@@ -256,7 +261,10 @@ class Decoder(nn.Module):
         trained_NV = head_logits(hidden_ND, self.head_weight)
         return F.pad(trained_NV, (0, self.config.vocabulary_size - self.trained_ids), value=float("-inf"))
 
-    def new_cache(self, *, capacity: int, max_tokens: int) -> DecodeCache:
-        """An empty cache for `capacity` sequences of up to `max_tokens` tokens, on the weights' device."""
-        specs = [layer.mixer.state_specs() for layer in self.layers if isinstance(layer, Layer)]
-        return DecodeCache(specs, capacity=capacity, max_tokens=max_tokens, device=self.embedding.device)
+    def new_cache(self, *, capacity: int, max_tokens: int, pages: int | None = None) -> DecodeCache:
+        """An empty cache for `capacity` sequences of up to `max_tokens` tokens, on the weights' device.
+
+        pages: of 64 tokens, in all sequences together; None has enough for all of them at their longest.
+        """
+        specs = [layer.mixer.state_specs() for layer in self.whole_layers]
+        return DecodeCache(specs, capacity=capacity, max_tokens=max_tokens, device=self.embedding.device, pages=pages)

@@ -1,7 +1,8 @@
 """Token mixers: lightning attention and softmax attention behind one seam.
 
 A mixer maps normalised rows to rows, packed (`forward`) or one token a sequence (`decode`), and declares the state it
-keeps between the two (`state_specs`), and whether it takes branches of a shared prompt. A new kind of mixer is one
+keeps between the two (`state_specs`), whether it takes branches of a shared prompt, and whether its `decode` asks
+nothing of the host, so that a CUDA graph can hold it. A new kind of mixer is one
 class with these methods.
 
 N packed tokens, B sequences, D model width, H heads, K key heads, A head dim.
@@ -27,7 +28,7 @@ from cispo.kernels.lightning_attention import (
 from cispo.kernels.norm import gated_norm
 from cispo.kernels.product import product
 from cispo.kernels.rows import add_bias, head_norms
-from cispo.kernels.softmax_attention import softmax_attention, softmax_decode, softmax_prefill
+from cispo.kernels.softmax_attention import is_for_triton, softmax_attention, softmax_decode, softmax_prefill
 from cispo.kernels.softmax_cpu import Pages
 from cispo.model.cache import DecodeStep, PrefillTarget, State, StateSpec
 from cispo.model.config import LIGHTNING, ModelConfig, RopeScaling
@@ -43,6 +44,9 @@ class Mixer(Protocol):
 
     @property
     def takes_branches(self) -> bool: ...
+
+    @property
+    def is_capturable(self) -> bool: ...
 
     def __call__(
         self, x_ND: Tensor, rotary_NA: Tensor, grid: ChunkGrid, state: State | None, target: PrefillTarget | None
@@ -96,6 +100,10 @@ class LightningMixer(nn.Module):
         return specs
 
     @property
+    def is_capturable(self) -> bool:
+        return keeps_copy(self.head_dim, self.out.dtype, self.out.device)
+
+    @property
     def takes_branches(self) -> bool:
         return cpu_library.serves(self.qkv_gate, self.norm) and lightning_cpu.takes(self.head_dim)
 
@@ -121,7 +129,7 @@ class LightningMixer(nn.Module):
         qkv, gate = self._split(product(x_BD, self.qkv_gate))
         caches = state["state"], state["k_recent"], state["v_recent"], state.get("state_copy")
         slopes = self.decays(x_BD.device)
-        return self._finish(lightning_decode(qkv, slopes, step.every_B, step.row_B, step.full_rows, *caches), gate)
+        return self._finish(lightning_decode(qkv, slopes, step.slot_B, step.row_B, step.full_rows, *caches), gate)
 
 
 def rotary_table(positions_N: Tensor, rotary_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
@@ -168,6 +176,10 @@ class SoftmaxMixer(nn.Module):
             StateSpec("k_pages", (self.key_heads, *keys), self.out.dtype, is_paged=True),
             StateSpec("v_pages", (self.key_heads, *values), self.out.dtype, is_paged=True),
         ]
+
+    @property
+    def is_capturable(self) -> bool:
+        return is_for_triton(self.qkv, self.heads, self.key_heads, self.head_dim)
 
     @property
     def takes_branches(self) -> bool:

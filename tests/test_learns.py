@@ -11,7 +11,8 @@ from cispo.learner_settings import LearnerSettings
 from cispo.model.checkpoint import load_policy
 from cispo.model.tokenizer import Tokenizer
 from cispo.objective_settings import CispoSettings, DapoSettings, GrpoSettings, ObjectiveSettings
-from cispo.rollout.engine import Engine, GroupRequest, SamplingSettings
+from cispo.rollout.engine import Engine, SamplingSettings
+from cispo.rollout.request import Drawing, GroupRequest
 from cispo.types import Prompt, Score, ScoredGroup
 
 PROMPTS = [Prompt(id=f"p{i}", text=text) for i, text in enumerate(("say", "tell me", "go on", "what"))]
@@ -49,7 +50,7 @@ def test_the_reward_rises(small_policy_folder: Path, objective: ObjectiveSetting
     means = []
     for step in range(1, STEPS + 1):
         for prompt in PROMPTS:
-            engine.submit(GroupRequest(prompt, 16, 1.0, stream=str(step)))
+            engine.submit(GroupRequest(prompt, 16, Drawing(1.0), stream=str(step)))
         while not engine.is_idle:
             engine.step()
         groups = [

@@ -20,7 +20,8 @@ from cispo.model.decoder import Decoder
 from cispo.model.routing import ExpertRecord, RoutingControl
 from cispo.model.tokenizer import Tokenizer
 from cispo.objective_settings import ObjectiveSettings
-from cispo.rollout.engine import Engine, GroupRequest, SamplingSettings
+from cispo.rollout.engine import Engine, SamplingSettings
+from cispo.rollout.request import Drawing, GroupRequest
 from cispo.types import Group, Prompt, Rollout, Score, ScoredGroup
 
 PROMPTS = [Prompt(id=f"p{i}", text="x" * length) for i, length in enumerate((1, 7, 40, 63, 90))]
@@ -37,7 +38,7 @@ def sample(folder: Path, *, records_experts: bool, eos_id: int | None = None) ->
         records_experts=records_experts,
     )
     for prompt in PROMPTS:
-        engine.submit(GroupRequest(prompt, 4, 1.0, stream="0"))
+        engine.submit(GroupRequest(prompt, 4, Drawing(1.0), stream="0"))
     groups: dict[str, Group] = {}
     while not engine.is_idle:
         engine.step()

@@ -173,9 +173,10 @@ void cispo_head_gradient(float* weights, const float* totals, const int64_t* tar
 void cispo_pack_head(const float* weight, float* packed, int64_t v, int64_t d) { pack({weight, d, 1}, v, d, packed); }
 
 // temperatures may be null: all 1. A temperature of 0 takes the first of the largest logits, with its logprob at 1. Rows
-// of logits lie logits_row apart.
-void cispo_sample(const float* logits, int64_t logits_row, const float* temperatures, const double* uniforms,
-                  int64_t* ids, float* logprobs, int64_t n, int64_t v, int64_t threads) {
+// of logits lie logits_row apart. cut [N, V] may be null: otherwise ids are drawn from it, and logprobs are of logits.
+void cispo_sample(const float* logits, int64_t logits_row, const float* cut, const float* temperatures,
+                  const double* uniforms, int64_t* ids, float* logprobs, int64_t n, int64_t v,
+                  int64_t threads) {
   if (n * v < kLogitsForThreads) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < n; ++row) {
@@ -184,7 +185,9 @@ void cispo_sample(const float* logits, int64_t logits_row, const float* temperat
     const float temperature = temperatures && !is_greedy ? temperatures[row] : 1.0f;
     float* weights = row_scratch(v);
     const Totals sums = weigh(from, v, temperature, weights);
-    const int64_t id = is_greedy ? first_equal(from, v, sums.largest) : choose(weights, v, uniforms[row]);
+    const float* drawn_from = cut ? cut + row * v : from;
+    const float largest = cut ? weigh(drawn_from, v, temperature, weights).largest : sums.largest;
+    const int64_t id = is_greedy ? first_equal(drawn_from, v, largest) : choose(weights, v, uniforms[row]);
     ids[row] = id;
     logprobs[row] = sums.logprob(from[id] / temperature);
   }

@@ -164,13 +164,14 @@ void cispo_lightning_forward(const float* x, int64_t x_row, const int64_t* start
   }
 }
 
-// rows: each token's row in its chunk. Sequence b has place b in the caches.
-void cispo_lightning_decode(const float* x, int64_t x_row, const int64_t* rows, const float* decays, float* out,
-                            float* state, float* k_recent, float* v_recent, int64_t sequences, int64_t heads,
-                            int64_t dim, int64_t threads) {
+// rows: each token's row in its chunk. slots: the place of each token's sequence in the caches.
+void cispo_lightning_decode(const float* x, int64_t x_row, const int64_t* rows, const int64_t* slots,
+                            const float* decays, float* out, float* state, float* k_recent, float* v_recent,
+                            int64_t sequences, int64_t heads, int64_t dim, int64_t threads) {
   const int64_t units = sequences * heads, matrix = dim * dim, recent = kChunk * dim;
   const auto cache_of = [=](int64_t unit) {
-    return Cache{state + unit * matrix, k_recent + unit * recent, v_recent + unit * recent};
+    const int64_t place = slots[unit / heads] * heads + unit % heads;
+    return Cache{state + place * matrix, k_recent + place * recent, v_recent + place * recent};
   };
 #pragma omp parallel for schedule(dynamic, 8) num_threads(std::min(threads, (units + 7) / 8))
   for (int64_t unit = 0; unit < units; ++unit) {

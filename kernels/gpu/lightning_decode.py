@@ -1,6 +1,6 @@
 """One more token for each of many sequences: one row of the chunk step that training evaluates, in Triton.
 
-Sequence b keeps, in slot b, the state at the last chunk boundary and the keys and values since. A step appends to the
+A sequence keeps, in its slot, the state at the last chunk boundary and the keys and values since. A step appends to the
 latter and multiplies a tile of 64 rows, of which one is the token's: the products of training, so the bits of training.
 Where a chunk is full, a second launch takes it into the state; the device decides, so a step can be in a CUDA graph.
 
@@ -33,7 +33,7 @@ _FLUSH_PARTS = tl.constexpr(FLUSH_PARTS)
 
 @triton.jit
 def decode_kernel(
-    qkv_BI, out_BJ, slopes_H, row_B, state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD,
+    qkv_BI, out_BJ, slopes_H, slot_B, row_B, state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD,
     qkv_row, heads,
     D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_COPY: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def decode_kernel(
     head = program // BLOCKS % heads
     sequence = program // (BLOCKS * heads)
     at = tl.load(row_B + sequence).to(tl.int32)
-    place = sequence.to(tl.int64) * heads + head
+    place = tl.load(slot_B + sequence) * heads + head
     row = tl.arange(0, _CHUNK)
     dim = tl.arange(0, D)
     column = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -79,7 +79,7 @@ def decode_kernel(
 
 @triton.jit
 def flush_kernel(
-    slopes_H, row_B, state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD, heads,
+    slopes_H, slot_B, row_B, state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD, heads,
     D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_COPY: tl.constexpr,
 ):  # fmt: skip
     """Take the chunks that this step has filled into their states. Few programs: mostly there is nothing to do."""
@@ -87,11 +87,12 @@ def flush_kernel(
     BLOCKS: tl.constexpr = D // BLOCK_V
     sequence = program // (BLOCKS * _FLUSH_PARTS)
     if tl.load(row_B + sequence) == _CHUNK - 1:
+        slot = tl.load(slot_B + sequence)
         row = tl.arange(0, _CHUNK)
         dim = tl.arange(0, D)
         column = program % BLOCKS * BLOCK_V + tl.arange(0, BLOCK_V)
         for head in range(program // BLOCKS % _FLUSH_PARTS, heads, _FLUSH_PARTS):
-            place = sequence.to(tl.int64) * heads + head
+            place = slot * heads + head
             state_tile = place * D * D + dim[:, None] * D + column[None, :]
             k_chunk = tl.load(k_recent_SHDC + place * D * _CHUNK + dim[:, None] * _CHUNK + row[None, :])
             v_chunk = tl.load(v_recent_SHCD + place * D * _CHUNK + row[:, None] * D + column[None, :])
@@ -111,7 +112,8 @@ def _build(name: str, kernel: Any, dim: int, has_copy: bool) -> Build:
 
 
 _TYPES = dict.fromkeys(("qkv_BI", "out_BJ", "copy_SHDD", "k_recent_SHDC", "v_recent_SHCD"), "*bf16")
-_TYPES |= {"slopes_H": "*fp32", "state_SHDD": "*fp32", "row_B": "*i64", "qkv_row": "i32", "heads": "i32"}
+_TYPES |= {"slopes_H": "*fp32", "state_SHDD": "*fp32", "slot_B": "*i64", "row_B": "*i64"}
+_TYPES |= {"qkv_row": "i32", "heads": "i32"}
 _VARIANTS = [(dim, has_copy) for dim in HEAD_DIMS for has_copy in (False, True)]
 _DECODE = {variant: _build("lightning_decode", decode_kernel, *variant) for variant in _VARIANTS}
 _FLUSH = {variant: _build("lightning_flush", flush_kernel, *variant) for variant in _VARIANTS}
@@ -121,17 +123,19 @@ BUILDS = [*_DECODE.values(), *_FLUSH.values()]
 def decode(
     qkv_BI: Tensor,
     slopes_H: Tensor,
+    slot_B: Tensor,
     row_B: Tensor,
     state_SHDD: Tensor,
     k_recent_SHDC: Tensor,
     v_recent_SHCD: Tensor,
     copy_SHDD: Tensor | None = None,
 ) -> Tensor:
-    """One token for each of the sequences in slots 0 .. B - 1, [B, J] in qkv_BI's dtype; no wait for the host.
+    """One token for each of the sequences in slots slot_B, [B, J] in qkv_BI's dtype; no wait for the host.
 
-    qkv_BI: projections before SiLU, rows of a stride that is a multiple of 16 elements. row_B: row of the token in its
-    chunk, int64. state_SHDD: float32; the other caches have qkv_BI's dtype. All are updated in place. copy_SHDD: the
-    state rounded, where it is kept: it is read in its place, half the bytes and the same bits.
+    qkv_BI: projections before SiLU, rows of a stride that is a multiple of 16 elements. slot_B: where each sequence
+    lies in the caches; row_B: row of the token in its chunk; both int64. state_SHDD: float32; the other caches have
+    qkv_BI's dtype. All are updated in place. copy_SHDD: the state rounded, where it is kept: it is read in its place,
+    half the bytes and the same bits.
     """
     batch, heads = qkv_BI.shape[0], slopes_H.shape[0]
     dim = qkv_BI.shape[1] // (3 * heads)
@@ -140,7 +144,7 @@ def decode(
     programs = (batch * heads * (dim // step.constants["BLOCK_V"]),)
     states = (state_SHDD,) if copy_SHDD is None else (state_SHDD, copy_SHDD)
     caches = (*states, k_recent_SHDC, v_recent_SHCD)
-    launch(step, programs, qkv_BI, out_BJ, slopes_H, row_B, *caches, qkv_BI.stride(0), heads)
+    launch(step, programs, qkv_BI, out_BJ, slopes_H, slot_B, row_B, *caches, qkv_BI.stride(0), heads)
     flush_programs = (batch * FLUSH_PARTS * (dim // flush.constants["BLOCK_V"]),)
-    launch(flush, flush_programs, slopes_H, row_B, *caches, heads)
+    launch(flush, flush_programs, slopes_H, slot_B, row_B, *caches, heads)
     return out_BJ

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def test_prefill_and_decode_are_bitwise_equal_to_one_forward(decoder: Decoder) -
         assert torch.equal(rows, wanted[:prompt])
     compared = 0
     for _ in range(max(LENGTHS) - min(prompts)):
-        step = cache.begin_step(len(sequences))
+        step = cache.begin_step(np.arange(len(sequences)))
         positions = step.position_B.tolist()[: len(sequences)]
         ids = [int(s[p]) if p < len(s) else 0 for s, p in zip(sequences, positions, strict=True)]
         ids += [0] * (len(step.position_B) - len(ids))
@@ -90,7 +91,7 @@ def test_a_fork_goes_on_as_its_source_would(decoder: Decoder) -> None:
     continuations = torch.randint(0, decoder.config.vocabulary_size, (5, 70), generator=generator)
     hidden = []
     for column in continuations.unbind(1):
-        step = cache.begin_step(5)
+        step = cache.begin_step(np.arange(5))
         hidden.append(decoder.decode(torch.cat((column, torch.zeros(3, dtype=torch.int64))), step, cache)[:5])
     decoded = torch.stack(hidden, dim=1)
     for row, continuation in enumerate(continuations):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -45,7 +46,7 @@ def decode(decoder: Decoder, cache: DecodeCache, columns: Tensor) -> Tensor:
     """Hidden states [sequences, tokens, D] of so many tokens decoded in slots 0, 1, .."""
     hidden = []
     for ids in columns.unbind(1):
-        step = cache.begin_step(len(columns))
+        step = cache.begin_step(np.arange(len(columns)))
         padded = torch.cat((ids, ids.new_zeros(len(step.position_B) - len(ids))))
         hidden.append(decoder.decode(padded, step, cache)[: len(columns)])
     return torch.stack(hidden, dim=1)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,6 @@ def test_pieces_forks_and_decode_are_close_to_one_shot(small_policy_folder: Path
     torch.testing.assert_close(decoder.logits(torch.cat(rows)), wanted[:length], atol=TOLERANCE, rtol=0)
     cache.fork(0, range(1, 4))
     for position in range(length, length + decoded):
-        hidden = decoder.decode(ids[position].expand(4), cache.begin_step(4), cache)
+        hidden = decoder.decode(ids[position].expand(4), cache.begin_step(np.arange(4)), cache)
         logits = decoder.logits(hidden)
         torch.testing.assert_close(logits, wanted[position].expand(4, -1), atol=TOLERANCE, rtol=0)

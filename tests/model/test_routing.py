@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def test_the_log_adds_up_over_prefill_and_decode(decoder: Decoder) -> None:
     heads = [sequence[:prompt] for sequence, prompt in zip(sequences, prompts, strict=True)]
     decoder(*packed(heads), cache.extend(range(3), prompts), routing=control)
     for at in range(10):
-        step = cache.begin_step(3)
+        step = cache.begin_step(np.arange(3))
         ids_B = torch.stack([s[p + at] for s, p in zip(sequences, prompts, strict=True)] + [torch.tensor(0)])
         decoder.decode(ids_B, step, cache, control)
     assert not log.tokens_BLE[2].any(), "an idle row is nobody's"
@@ -137,7 +138,7 @@ def test_thresholds_are_those_of_each_sequence_in_every_phase(decoder: Decoder) 
     cache = decoder.new_cache(capacity=3, max_tokens=64)
     control = RoutingControl(expert_thresholds=thresholds)
     decoder(*packed([s[:29] for s in sequences]), cache.extend(range(3), [29] * 3), routing=control)
-    step = cache.begin_step(3)
+    step = cache.begin_step(np.arange(3))
     ids_B = torch.stack([*(sequence[29] for sequence in sequences), torch.tensor(0)])
     decoded = decoder.decode(ids_B, step, cache, control)
     for row, rows in zip(decoded, together, strict=False):
@@ -219,7 +220,7 @@ def test_a_record_over_prefill_and_decode_is_that_of_one_forward(decoder: Decode
         for ids_TLK, all_TLK in zip(record.ids_NLK.split([18, 68, 64]), wanted, strict=True):
             assert torch.equal(ids_TLK, all_TLK[:-2])
         for at in (-2, -1):
-            step = cache.begin_step(3)
+            step = cache.begin_step(np.arange(3))
             ids_B = torch.stack([*(sequence[at] for sequence in sequences), torch.tensor(0)])
             decoder.decode(ids_B, step, cache, control)
             assert torch.equal(record.ids_NLK[:3], torch.stack([all_TLK[at] for all_TLK in wanted]))
@@ -236,7 +237,7 @@ def test_what_cannot_be_replayed_is_refused(decoder: Decoder) -> None:
         cache = decoder.new_cache(capacity=4, max_tokens=64)
         decoder(*packed(sequences[1:2]), cache.extend([0], [1]))
         control = RoutingControl(replayed_ids_NLK=torch.zeros(4, 4, 2, dtype=torch.uint8))
-        decoder.decode(torch.zeros(4, dtype=torch.int64), cache.begin_step(1), cache, control)
+        decoder.decode(torch.zeros(4, dtype=torch.int64), cache.begin_step(np.arange(1)), cache, control)
 
 
 def test_ids_beyond_a_byte_take_two(family_configs: dict[str, dict[str, object]]) -> None:

@@ -10,7 +10,8 @@ from cispo.kernels.head_loss import head_logprobs
 from cispo.model.checkpoint import load_policy
 from cispo.model.decoder import Decoder
 from cispo.model.tokenizer import Tokenizer, count_ids
-from cispo.rollout.engine import Engine, GroupRequest, SamplingSettings
+from cispo.rollout.engine import Engine, SamplingSettings
+from cispo.rollout.request import Drawing, GroupRequest
 from cispo.types import Prompt
 
 TOKENIZER_IDS = 260
@@ -42,7 +43,7 @@ def test_rollout_and_learner_leave_them_out_alike(decoder: Decoder, small_policy
     tokenizer = Tokenizer.load(small_policy_folder)
     settings = SamplingSettings(max_completion_tokens=40, seed=0)
     engine = Engine(decoder, tokenizer, settings, max_concurrent_completions=8, max_prompt_tokens=64)
-    engine.submit(GroupRequest(Prompt(id="p", text="abc"), 8, 1.0, "0"))
+    engine.submit(GroupRequest(Prompt(id="p", text="abc"), 8, Drawing(1.0), "0"))
     while not engine.is_idle:
         engine.step()
     (group,) = engine.collect()

@@ -53,7 +53,8 @@ def sample(decoder: Decoder, steps: int, temperature: float = 0.9) -> tuple[Deco
             cache.release(len(PROMPTS) - 1)
         active = len(PROMPTS) - (index >= steps // 2)
         uniform_B = generator.random(len(PROMPTS))[:active]
-        ids_B, logprob_B = stepper.run(ids[-1][:active], uniform_B, np.full(active, temperature, np.float32))
+        launched = stepper.launch(np.arange(active), uniform_B, np.full(active, temperature, np.float32))
+        ids_B, logprob_B = launched.wait()
         ids.append(ids_B.copy())
         logprobs.append(logprob_B.copy())
     rows = len(PROMPTS) - 1
@@ -113,13 +114,11 @@ def test_weights_that_change_between_steps_are_noticed(
         with torch.inference_mode():
             cache = prefilled(decoder)
             stepper = DecodeStepper(decoder, cache)
-            ids_B = np.zeros(len(PROMPTS), np.int64)
+            inputs = np.arange(len(PROMPTS)), np.full(len(PROMPTS), 0.4), np.ones(len(PROMPTS), np.float32)
             for factor in (1.0, 1.0, 1.1, 1.1, 0.9):
                 with torch.inference_mode(False):
                     change(factor)
-                ids_B, logprob_B = stepper.run(ids_B, np.full(len(PROMPTS), 0.4), np.ones(len(PROMPTS), np.float32))
-                ids_B = ids_B.copy()
-                outputs.append(logprob_B.copy())
+                outputs.append(stepper.launch(*inputs).wait()[1].copy())
         change(1.0)
         return outputs
 
@@ -133,10 +132,10 @@ def test_weights_that_change_between_steps_are_noticed(
 def test_ids_without_a_trained_row_are_in_no_plan(family_configs: Mapping[str, dict[str, Any]]) -> None:
     decoder = family_decoder("minimax_m1", family_configs)
     stepper = DecodeStepper(decoder, prefilled(decoder))
-    inputs = np.zeros(len(PROMPTS), np.int64), np.full(len(PROMPTS), 0.999), np.ones(len(PROMPTS), np.float32)
-    assert stepper.run(*inputs)[0].max() > 40
+    inputs = np.arange(len(PROMPTS)), np.full(len(PROMPTS), 0.999), np.ones(len(PROMPTS), np.float32)
+    assert stepper.launch(*inputs).wait()[0].max() > 40
     decoder.trained_ids = 40
-    assert stepper.run(*inputs)[0].max() < 40
+    assert stepper.launch(*inputs).wait()[0].max() < 40
     assert stepper._plan is not None
 
 

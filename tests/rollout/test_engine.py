@@ -11,7 +11,8 @@ from cispo.kernels.head_loss import head_logprobs
 from cispo.model.checkpoint import load_policy
 from cispo.model.decoder import Decoder
 from cispo.model.tokenizer import Tokenizer
-from cispo.rollout.engine import Engine, GroupRequest, SamplingSettings
+from cispo.rollout.engine import Engine, SamplingSettings
+from cispo.rollout.request import Drawing, GroupRequest
 from cispo.types import Group, Prompt, StopReason
 
 PROMPTS = [Prompt(id=f"p{i}", text="x" * length) for i, length in enumerate((1, 7, 40, 62, 63, 64, 90))]
@@ -25,7 +26,7 @@ def make_engine(folder: Path, *, capacity: int = 32, limit: int = 70) -> Engine:
 
 def run(engine: Engine, prompts: Sequence[Prompt], group_size: int = 3, temperature: float = 1.0) -> dict[str, Group]:
     for prompt in prompts:
-        engine.submit(GroupRequest(prompt, group_size, temperature, stream="0"))
+        engine.submit(GroupRequest(prompt, group_size, Drawing(temperature), stream="0"))
     groups: dict[str, Group] = {}
     while not engine.is_idle:
         engine.step()
@@ -102,7 +103,7 @@ def test_completions_of_a_group_differ_and_stop_for_the_reason_given(small_polic
 
 def test_weights_can_change_between_two_steps_and_tokens_carry_their_version(small_policy_folder: Path) -> None:
     engine = make_engine(small_policy_folder)
-    engine.submit(GroupRequest(PROMPTS[0], 4, 1.0, stream="0"))
+    engine.submit(GroupRequest(PROMPTS[0], 4, Drawing(1.0), stream="0"))
     for _ in range(3):
         engine.step()
     tensors = {name: tensor.detach() * 1.01 for name, tensor in engine.decoder.named_parameters()}
@@ -126,9 +127,9 @@ def test_weights_of_another_model_are_refused(small_policy_folder: Path) -> None
 def test_requests_that_can_never_run_are_refused(small_policy_folder: Path) -> None:
     engine = make_engine(small_policy_folder, capacity=4)
     with pytest.raises(ValueError, match="max_concurrent_completions 4"):
-        engine.submit(GroupRequest(PROMPTS[0], 5, 1.0, stream="0"))
+        engine.submit(GroupRequest(PROMPTS[0], 5, Drawing(1.0), stream="0"))
     with pytest.raises(ValueError, match="max_prompt_tokens 128"):
-        engine.submit(GroupRequest(Prompt(id="long", text="x" * 500), 1, 1.0, stream="0"))
+        engine.submit(GroupRequest(Prompt(id="long", text="x" * 500), 1, Drawing(1.0), stream="0"))
 
 
 def test_no_page_is_lost(small_policy_folder: Path) -> None:

@@ -12,7 +12,8 @@ from cispo.model.checkpoint import load_policy
 from cispo.model.tokenizer import Tokenizer
 from cispo.objective_settings import CispoSettings
 from cispo.resources import resolve_policy
-from cispo.rollout.engine import Engine, GroupRequest, SamplingSettings
+from cispo.rollout.engine import Engine, SamplingSettings
+from cispo.rollout.request import Drawing, GroupRequest
 from cispo.types import Prompt, Score, ScoredGroup
 
 
@@ -35,7 +36,7 @@ def test_a_step_on_one_gpu(dtype: torch.dtype, bound: float, tmp_path: Path) -> 
     )
     for step in (1, 2):
         for name in ("add 4 to n", "reverse the word", "sum the numbers", "negate num"):
-            engine.submit(GroupRequest(Prompt(name, f"Write `fn(n)` to {name}."), 16, 1.0, stream=str(step)))
+            engine.submit(GroupRequest(Prompt(name, f"Write `fn(n)` to {name}."), 16, Drawing(1.0), stream=str(step)))
         while not engine.is_idle:
             engine.step()
         groups = [
