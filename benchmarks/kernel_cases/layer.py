@@ -8,10 +8,10 @@ N packed tokens, B sequences, H heads, K key heads, D head dim.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -186,7 +186,7 @@ def _decode(mixer: str) -> Works:
     for tensor in cache.layers[0].values():
         tensor.normal_()
     cache.extend(range(BATCH), [CONTEXT] * BATCH)
-    step = replace(cache.begin_step(BATCH), full_rows=None)
+    step = cache.begin_step(np.arange(BATCH))
     rotary = _rotary(step.position_B)
     norm = torch.ones(CONFIG.hidden_size, device=DEVICE, dtype=torch.bfloat16)
 

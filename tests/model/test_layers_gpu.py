@@ -5,10 +5,12 @@ One set of sequences is packed, prefilled in pieces, forked after a shared promp
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from cispo.model.cache import DecodeCache
 from cispo.model.config import LIGHTNING, SOFTMAX, ModelConfig
 from cispo.model.decoder import Decoder
 
@@ -87,25 +89,25 @@ def in_pieces(decoder: Decoder, ids: list[Tensor]) -> list[Tensor]:
     return [torch.cat(parts) for parts in rows]
 
 
+def decoded(decoder: Decoder, ids: list[Tensor], cache: DecodeCache, start: int) -> list[Tensor]:
+    """The branches' hidden states from a position on, a token of each at a time."""
+    ids_BT, slots = torch.stack(ids[:BRANCHES]), np.arange(BRANCHES)
+    steps = [decoder.decode(ids_BT[:, at], cache.begin_step(slots), cache) for at in range(start, LENGTH)]
+    return list(torch.stack(steps, dim=1))
+
+
 def forked(decoder: Decoder, ids: list[Tensor]) -> list[Tensor]:
     """The branches' hidden states after the prompt, which is prefilled once and forked."""
     cache = decoder.new_cache(capacity=BRANCHES, max_tokens=LENGTH)
     positions_P = torch.arange(PROMPT, device=CUDA)
     decoder(ids[0][:PROMPT], positions_P, bounds([PROMPT]), cache.extend([0], [PROMPT]))
     cache.fork(0, range(1, BRANCHES))
-    ids_BT = torch.stack(ids[:BRANCHES])
-    return list(torch.stack([
-        decoder.decode(ids_BT[:, position], cache.begin_step(BRANCHES), cache) for position in range(PROMPT, LENGTH)
-    ], dim=1))  # fmt: skip
+    return decoded(decoder, ids, cache, PROMPT)
 
 
 def token_by_token(decoder: Decoder, ids: list[Tensor]) -> list[Tensor]:
     """The branches' hidden states, every token decoded, from the first."""
-    cache = decoder.new_cache(capacity=BRANCHES, max_tokens=LENGTH)
-    ids_BT = torch.stack(ids[:BRANCHES])
-    return list(torch.stack([
-        decoder.decode(ids_BT[:, position], cache.begin_step(BRANCHES), cache) for position in range(LENGTH)
-    ], dim=1))  # fmt: skip
+    return decoded(decoder, ids, decoder.new_cache(capacity=BRANCHES, max_tokens=LENGTH), 0)
 
 
 @torch.no_grad()
