@@ -86,13 +86,12 @@ def test_pieces_and_tokens_go_on_from_the_caches(dim: int, cuts: list[int], dtyp
         if begin == 0:
             assert error(out[end:], wanted[1][:65]) < TOLERANCES[dtype]
     order = torch.tensor([0, 2])
-    caches = tuple(cache[order].clone() for cache in caches)  # type: ignore[assignment]
     copy = caches[0].to(dtype)
     for step in range(tokens - cuts[-1]):
         positions = [65 + step, cuts[-1] + step]
         rows = torch.stack([x[1][positions[0]], x[0][positions[1]]])
         row_B = torch.tensor(positions) % CHUNK_LENGTH
-        out = lightning_decode.decode(rows, SLOPES_H, row_B, *caches, copy if dtype is torch.float16 else None)
+        out = lightning_decode.decode(rows, SLOPES_H, order, row_B, *caches, copy if dtype is torch.float16 else None)
         assert error(out[0], wanted[1][positions[0]]) < 2 * TOLERANCES[dtype]
         assert error(out[1], wanted[0][positions[1]]) < 2 * TOLERANCES[dtype]
 
@@ -111,6 +110,7 @@ def test_pieces_leave_what_the_twin_leaves() -> None:
         torch.testing.assert_close(ours[2][slot, :, :rows], theirs[2][slot, :, :rows])
     row_B = torch.tensor([3, 0, 2])
     token = random(3, 3 * HEADS * 64, seed=5)
-    decoded = lightning_decode.decode(token, SLOPES_H, row_B, *ours)
-    wanted = twin_decode(token, slopes, torch.arange(3), row_B, None, *theirs)
+    places = torch.arange(3)
+    decoded = lightning_decode.decode(token, SLOPES_H, places, row_B, *ours)
+    wanted = twin_decode(token, slopes, places, row_B, None, *theirs)
     torch.testing.assert_close(decoded, wanted, rtol=1e-4, atol=1e-4)
