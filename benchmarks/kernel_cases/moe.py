@@ -2,11 +2,13 @@
 
 "products alone" is what the library's grouped products take on rows that lie ready, two forward and four more backward.
 The floor is those products at the rate of a large product, or every row and weight moved once, whichever is longer.
+Beside our error stand those of exact arithmetic with roundings alone: of what the products read and of the results,
+which bfloat16 has in any implementation; and of what the library's products write as well.
 
 N packed tokens, D model width, E experts, K experts a token, F expert width, R = N K rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -99,40 +101,65 @@ def _prepare(sizes: Sizes, has_backward: bool) -> Mapping[str, Callable[[], obje
     }
 
 
-def _in_float64(tensors: list[Tensor], ids_NK: Tensor) -> Tensor:
+def _rounded(x: Tensor, *, value: bool, gradient: bool) -> Tensor:
+    """x through bfloat16, and what comes back to it."""
+    out = x + ((x.bfloat16() - x).detach() if value else 0.0)
+    if gradient:
+        out.register_hook(lambda coming: coming.bfloat16().double())
+    return out
+
+
+def _in_float64(tensors: list[Tensor], ids_NK: Tensor, *, has_operands: bool, has_products: bool) -> Tensor:
+    """Float64 arithmetic; has_operands, has_products: what products read, or write, is rounded to bfloat16."""
     x, router, gate_up, down = tensors
     chosen = torch.softmax(x @ router.t(), -1).gather(1, ids_NK)
     weight = chosen / chosen.sum(-1, keepdim=True)
     out = torch.zeros_like(x)
     for expert in range(gate_up.shape[0]):
         token, choice = (ids_NK == expert).nonzero(as_tuple=True)
-        gate, up = (x[token] @ gate_up[expert].t()).chunk(2, -1)
-        rows = (torch.nn.functional.silu(gate) * up) @ down[expert].t()
+        read = _rounded(x[token], value=False, gradient=has_products)
+        wide = _rounded(read @ gate_up[expert].t(), value=has_products, gradient=has_operands)
+        gate, up = wide.chunk(2, -1)
+        hidden = _rounded(torch.nn.functional.silu(gate) * up, value=has_operands, gradient=has_products)
+        rows = _rounded(hidden @ down[expert].t(), value=has_products, gradient=False)
         out = out.index_add(0, token, weight[token, choice, None] * rows)
     return out
 
 
-def _error(sizes: Sizes) -> float:
+def _relative(ours: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    pairs = zip(ours, exact, strict=True)
+    return max(float(((mine.double() - theirs).norm() / theirs.norm()).detach()) for mine, theirs in pairs)
+
+
+def _error(sizes: Sizes, extra: dict[str, str]) -> float:
     """The largest relative error of the result and of the four gradients, on a few tokens, for the same experts."""
     tensors = sizes.leaves(CHECKED_TOKENS)
     out = twin.expert_layer(*tensors, sizes.experts_per_token)
     dout = torch.randn_like(out)
     ids, _, _ = route(router_logits(*tensors[:2]), sizes.experts_per_token, True, None, None)
-    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    wanted = _in_float64(exact, ids)
-    mine = (out, *torch.autograd.grad(out, tensors, dout))
-    pairs = zip(mine, (wanted, *torch.autograd.grad(wanted, exact, dout.double())), strict=True)
-    return max(float(((ours.double() - theirs).norm() / theirs.norm()).detach()) for ours, theirs in pairs)
+
+    def exact(**roundings: bool) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        result = _in_float64(leaves, ids, **roundings)
+        return result, *torch.autograd.grad(result, leaves, dout.double())
+
+    wanted = exact(has_operands=False, has_products=False)
+    for name, has_products in (("operands and results", False), ("all that products read and write", True)):
+        found = (x.bfloat16() for x in exact(has_operands=True, has_products=has_products))
+        extra[f"error of rounding {name}"] = f"{_relative(found, wanted):.1e}"
+    return _relative((out, *torch.autograd.grad(out, tensors, dout)), wanted)
 
 
 def _case(sizes: Sizes, has_backward: bool, reach_ms: float | None = None) -> Case:
+    extra: dict[str, str] = {}
     return Case(
         name=sizes.name + (" forward+backward" if has_backward else " forward"),
         floor_s=lambda machine: sizes.floor_s(machine, has_backward),
         reach_ms=reach_ms,
         prepare=lambda: _prepare(sizes, has_backward),
-        error=lambda: _error(sizes),
+        error=lambda: _error(sizes, extra),
         error_limit=8.0e-3,
+        extra=extra,
     )
 
 

@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 from cispo.kernels import norm
-from kernel_cases import Case, Machine
+from kernel_cases import COPY_SHARE, Case, Machine
 
 ROWS = 16_384
 CHECKED_ROWS = 1024
 WIDTHS = (2048, 6144)
 EPSILON = 1e-5
 ALPHA, BETA = 1.68, 0.75
-COPY_SHARE = 0.8
-"""A norm is to move its bytes at this share of the pace of a copy."""
 
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -31,7 +31,7 @@ class Build:
 
     types: Triton type of every argument that is no constant, by name ("*bf16", "*fp32", "i32", "fp32"). constants:
     value of every constexpr. has_products: a matrix product is in it, so wgmma must be. aligned: arguments that are
-    multiples of 16 (addresses always are).
+    multiples of 16 (addresses always are). max_registers: of a thread, where more programs a processor are worth it.
     """
 
     name: str
@@ -42,10 +42,17 @@ class Build:
     num_stages: int
     has_products: bool
     aligned: tuple[str, ...] = ()
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the compiler: what a launch takes besides the arguments."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Run the kernel with these settings; arguments: all but the constants, in order."""
-        self.kernel[grid](*arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[grid](*arguments, **self.constants, **self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +78,7 @@ def report(build: Build) -> Report:
         if types[name].startswith("*") or name in build.aligned
     }
     source = ASTSource(fn=build.kernel, signature=types, constexprs=dict(build.constants), attrs=attributes)
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
-    compiled = triton.compile(source, target=SM90, options=options)
+    compiled = triton.compile(source, target=SM90, options=build.options)
     with tempfile.TemporaryDirectory() as scratch:
         ptx = Path(scratch) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"], encoding="utf-8")

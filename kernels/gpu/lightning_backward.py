@@ -38,9 +38,9 @@ _ROLES = tl.constexpr(3)
 @triton.jit
 def backward_kernel(
     q, k, v, dout, x, dqkv, slopes_H, cu_seqlens, order_B, qkv_row, qkv_head, x_row, dqkv_row, heads,
-    D: tl.constexpr, BLOCK_V: tl.constexpr,
+    D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_SILU: tl.constexpr,
 ):  # fmt: skip
-    """dqkv: head by head dq, dk, dv. x: what q, k and v are SiLU of, head by head too."""
+    """dqkv: head by head dq, dk, dv, or with HAS_SILU the gradient of x: what q, k and v are SiLU of, head by head."""
     program = tl.program_id(0)
     BLOCKS: tl.constexpr = D // BLOCK_V
     block = program % BLOCKS * BLOCK_V
@@ -67,21 +67,23 @@ def backward_kernel(
     c_rows = tl.make_tensor_descriptor(c_at, [rows, BLOCK_V], [c_row, 1], [_CHUNK, BLOCK_V])
     gradient_at = dqkv + begin * dqkv_row + of_role
     gradient_rows = tl.make_tensor_descriptor(gradient_at, [rows, BLOCK_V], [dqkv_row, 1], [_CHUNK, BLOCK_V])
-    x_at = x + begin * x_row + of_role
     within, query_decay, key_decay, chunk_decay = chunk_decays(tl.load(slopes_H + head), is_reverse)
     state = tl.zeros((D, BLOCK_V), tl.float32)
     chunks = tl.cdiv(rows, _CHUNK)
     for step in range(0, chunks):
         chunk = tl.where(is_reverse, chunks - 1 - step, step) * _CHUNK
+        if HAS_SILU:
+            # First, so that it is there when it is needed. Plain loads: for one more descriptor there are no registers.
+            row = chunk + tl.arange(0, _CHUNK)
+            x_tile = x + begin * x_row + of_role + row[:, None].to(tl.int64) * x_row + tl.arange(0, BLOCK_V)[None, :]
+            x_rows = tl.load(x_tile, mask=(row < rows)[:, None], other=0.0)
         b_transposed = tl.trans(b_rows.load([chunk, 0]))
         c_chunk = c_rows.load([chunk, 0])
         gradient = chunk_output(a_rows.load([chunk, 0]), b_transposed, c_chunk, state, within, query_decay)
-        # Plain loads: with one more descriptor the registers do not suffice.
-        row = chunk + tl.arange(0, _CHUNK)
-        x_tile = x_at + row[:, None].to(tl.int64) * x_row + tl.arange(0, BLOCK_V)[None, :]
-        x_chunk = tl.load(x_tile, mask=(row < rows)[:, None], other=0.0).to(tl.float32)
-        sigmoid = 1.0 / (1.0 + tl.exp(-x_chunk))
-        gradient *= sigmoid * (1.0 + x_chunk * (1.0 - sigmoid))
+        if HAS_SILU:
+            x_chunk = x_rows.to(tl.float32)
+            sigmoid = 1.0 / (1.0 + tl.exp(-x_chunk))
+            gradient *= sigmoid * (1.0 + x_chunk * (1.0 - sigmoid))
         gradient_rows.store([chunk, 0], gradient.to(dqkv.dtype.element_ty))
         state = chunk_state(state, b_transposed, c_chunk, key_decay, chunk_decay)
 
@@ -89,38 +91,47 @@ def backward_kernel(
 _TYPES = {name: POINTERS[name] for name in ("q", "k", "v", "slopes_H", "cu_seqlens", "order_B")}
 _TYPES |= dict.fromkeys(("dout", "x", "dqkv"), "*bf16")
 _TYPES |= dict.fromkeys(("qkv_row", "qkv_head", "x_row", "dqkv_row", "heads"), "i32")
-_BACKWARD = {
-    dim: Build(
-        name=f"lightning_backward D={dim}",
+
+
+def _build(dim: int, has_silu: bool, num_stages: int) -> Build:
+    nothing = {} if has_silu else {"x": None, "x_row": None}
+    return Build(
+        name=f"lightning_backward D={dim}{' SiLU' if has_silu else ''}",
         kernel=backward_kernel,
-        types=_TYPES,
-        constants={"D": dim, "BLOCK_V": 64},
+        types={name: type for name, type in _TYPES.items() if name not in nothing},
+        constants={"D": dim, "BLOCK_V": 64, "HAS_SILU": has_silu, **nothing},
         num_warps=4,
-        num_stages=stages,
+        num_stages=num_stages,
         has_products=True,
-        aligned=("qkv_row", "qkv_head", "x_row", "dqkv_row"),
+        aligned=tuple(name for name in ("qkv_row", "qkv_head", "x_row", "dqkv_row") if name not in nothing),
     )
-    for dim, stages in ((64, 3), (128, 2))
+
+
+_BACKWARD = {
+    (dim, has_silu): _build(dim, has_silu, stages)
+    for dim, has_silu, stages in ((64, True, 3), (64, False, 3), (128, True, 2), (128, False, 4))
 }
 BUILDS = list(_BACKWARD.values())
 
 
-def backward(qkv_NI: Tensor, x_NI: Tensor, dout_NJ: Tensor, slopes_H: Tensor, grid: ChunkGrid) -> Tensor:
+def backward(qkv_NI: Tensor, x_NI: Tensor | None, dout_NJ: Tensor, slopes_H: Tensor, grid: ChunkGrid) -> Tensor:
     """Gradient of the projections x_NI, contiguous [N, 3 J] in their dtype, from that of the outputs.
 
-    qkv_NI: SiLU of x_NI, contiguous. x_NI: rows of a stride that is a multiple of 16 elements. dout_NJ: contiguous.
+    qkv_NI: SiLU of x_NI, contiguous. x_NI: rows of a stride that is a multiple of 16 elements; None for the gradient of
+    qkv_NI itself. dout_NJ: contiguous.
     """
     heads = slopes_H.shape[0]
     dim = qkv_NI.shape[1] // (3 * heads)
-    build = _BACKWARD[dim]
-    dx_NI = qkv_NI.new_empty(qkv_NI.shape)
+    build = _BACKWARD[dim, x_NI is not None]
+    dqkv_NI = torch.empty_like(qkv_NI)
     parts = (qkv_NI, qkv_NI[:, dim:], qkv_NI[:, 2 * dim :])
     programs = len(grid.lengths) * heads * 3 * (dim // build.constants["BLOCK_V"])
-    rows = (qkv_NI.stride(0), 3 * dim, x_NI.stride(0), dx_NI.stride(0))
+    projections, x_rows = ((), ()) if x_NI is None else ((x_NI,), (x_NI.stride(0),))
+    rows = (qkv_NI.stride(0), 3 * dim, *x_rows, dqkv_NI.stride(0))
     allow_descriptors(qkv_NI)
     places = (slopes_H, grid.cu_seqlens_B1, grid.longest_first_B)
-    launch(build, (programs,), *parts, dout_NJ, x_NI, dx_NI, *places, *rows, heads)
-    return dx_NI
+    launch(build, (programs,), *parts, dout_NJ, *projections, dqkv_NI, *places, *rows, heads)
+    return dqkv_NI
 
 
 class LightningAttention(torch.autograd.Function):

@@ -7,11 +7,13 @@ Where a chunk is full, a second launch takes it into the state; the device decid
 B sequences, S slots, H heads, C = 64 rows of a chunk, D head dim, V columns of a block, I = 3 H D projections.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cispo.kernels.chunks import CHUNK_LENGTH
 from cispo.kernels.gpu.build import Build
@@ -37,6 +39,7 @@ def decode_kernel(
     qkv_row, heads,
     D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_COPY: tl.constexpr,
 ):  # fmt: skip
+    """copy_SHDD: a descriptor of its rows of D, whose tiles come without registers of their own."""
     program = tl.program_id(0)
     BLOCKS: tl.constexpr = D // BLOCK_V
     block = program % BLOCKS
@@ -51,7 +54,7 @@ def decode_kernel(
     k_tile = dim[:, None] * _CHUNK + row[None, :]
     v_tile = row[:, None] * D + column[None, :]
     if HAS_COPY:
-        state = tl.load(copy_SHDD + place * D * D + state_tile)
+        state = copy_SHDD.load([(place * D).to(tl.int32), block * BLOCK_V])
     else:
         state = tl.load(state_SHDD + place * D * D + state_tile)
     # Whole groups of 16 rows, so that loads stay wide; what is not written is discarded after.
@@ -106,16 +109,26 @@ def flush_kernel(
 def _build(name: str, kernel: Any, dim: int, has_copy: bool) -> Build:
     nothing = {} if has_copy else {"copy_SHDD": None}
     types = {name: type for name, type in _TYPES.items() if name in kernel.arg_names and name not in nothing}
-    constants = {"D": dim, "BLOCK_V": 64, "HAS_COPY": has_copy, **nothing}
+    constants = {"D": dim, "BLOCK_V": _BLOCK_V, "HAS_COPY": has_copy, **nothing}
     aligned = ("qkv_row",) if "qkv_row" in types else ()
     return Build(f"{name} D={dim}{' copy' if has_copy else ''}", kernel, types, constants, 4, 1, True, aligned)
 
 
+def _decode_build(dim: int, has_copy: bool) -> Build:
+    build = _build("lightning_decode", decode_kernel, dim, has_copy)
+    if not has_copy:
+        return build
+    types = {**build.types, "copy_SHDD": f"tensordesc<bf16[{dim}, {_BLOCK_V}]>"}
+    # A step waits for memory: with 128 registers four programs lie on a processor, with more only three.
+    return replace(build, types=types, max_registers=128 if dim == 128 else None)
+
+
+_BLOCK_V = 64
 _TYPES = dict.fromkeys(("qkv_BI", "out_BJ", "copy_SHDD", "k_recent_SHDC", "v_recent_SHCD"), "*bf16")
 _TYPES |= {"slopes_H": "*fp32", "state_SHDD": "*fp32", "slot_B": "*i64", "row_B": "*i64"}
 _TYPES |= {"qkv_row": "i32", "heads": "i32"}
 _VARIANTS = [(dim, has_copy) for dim in HEAD_DIMS for has_copy in (False, True)]
-_DECODE = {variant: _build("lightning_decode", decode_kernel, *variant) for variant in _VARIANTS}
+_DECODE = {variant: _decode_build(*variant) for variant in _VARIANTS}
 _FLUSH = {variant: _build("lightning_flush", flush_kernel, *variant) for variant in _VARIANTS}
 BUILDS = [*_DECODE.values(), *_FLUSH.values()]
 
@@ -142,9 +155,16 @@ def decode(
     step, flush = (builds[dim, copy_SHDD is not None] for builds in (_DECODE, _FLUSH))
     out_BJ = qkv_BI.new_empty(batch, heads * dim)
     programs = (batch * heads * (dim // step.constants["BLOCK_V"]),)
-    states = (state_SHDD,) if copy_SHDD is None else (state_SHDD, copy_SHDD)
-    caches = (*states, k_recent_SHDC, v_recent_SHCD)
-    launch(step, programs, qkv_BI, out_BJ, slopes_H, slot_B, row_B, *caches, qkv_BI.stride(0), heads)
+    copy, described = ((), ()) if copy_SHDD is None else ((copy_SHDD,), (_rows_of(copy_SHDD),))
+    recent = (k_recent_SHDC, v_recent_SHCD)
+    operands = (qkv_BI, out_BJ, slopes_H, slot_B, row_B, state_SHDD, *described, *recent)
+    launch(step, programs, *operands, qkv_BI.stride(0), heads)
     flush_programs = (batch * FLUSH_PARTS * (dim // flush.constants["BLOCK_V"]),)
-    launch(flush, flush_programs, slopes_H, slot_B, row_B, *caches, heads)
+    launch(flush, flush_programs, slopes_H, slot_B, row_B, state_SHDD, *copy, *recent, heads)
     return out_BJ
+
+
+def _rows_of(copy_SHDD: Tensor) -> TensorDescriptor:
+    """The rounded states as the decode kernel reads them: one matrix of S H D rows, in tiles of a head's block."""
+    dim = copy_SHDD.shape[-1]
+    return TensorDescriptor(copy_SHDD, [copy_SHDD.numel() // dim, dim], [dim, 1], [dim, _BLOCK_V])

@@ -237,7 +237,7 @@ def launch(build: Build, grid: tuple[int, ...], *arguments: Any) -> None:
     given = iter(arguments)
     names = [name for name in build.kernel.arg_names if name not in build.constants]
     values = dict(zip(names, given, strict=True))
-    build.kernel[grid](**values, **build.constants, num_warps=build.num_warps, num_stages=build.num_stages)
+    build.kernel[grid](**values, **build.constants, **build.options)
 
 
 def allow_descriptors(x: Tensor) -> None:

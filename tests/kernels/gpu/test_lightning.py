@@ -56,6 +56,19 @@ def test_forward_and_gradient_equal_the_twin(dim: int, lengths: list[int], dtype
     assert error(gradient, wanted_gradient) < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize(("dim", "lengths"), [(64, [5, 64, 130, 1]), (128, [70])])
+def test_gradient_of_the_operands_is_that_before_silu(dim: int, lengths: list[int]) -> None:
+    grid = chunk_grid(lengths, CPU)
+    x_NI = random(sum(lengths), 3 * HEADS * dim).requires_grad_()
+    dout_NJ = random(sum(lengths), HEADS * dim, seed=1)
+    qkv_NI = torch.nn.functional.silu(x_NI)
+    gradient = lightning_backward.backward(qkv_NI.detach(), None, dout_NJ, SLOPES_H, grid)
+    (gradient,) = torch.autograd.grad(qkv_NI, x_NI, gradient)
+    x_twin = x_NI.detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(twin(x_twin, grid), x_twin, dout_NJ)
+    assert error(gradient, wanted) < TOLERANCES[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(("dim", "cuts"), [(64, [0, 10, 50, 64, 130, 190]), (64, [0, 128, 129]), (128, [0, 70, 126])])
 def test_pieces_and_tokens_go_on_from_the_caches(dim: int, cuts: list[int], dtype: torch.dtype) -> None:
@@ -73,13 +86,12 @@ def test_pieces_and_tokens_go_on_from_the_caches(dim: int, cuts: list[int], dtyp
         if begin == 0:
             assert error(out[end:], wanted[1][:65]) < TOLERANCES[dtype]
     order = torch.tensor([0, 2])
-    caches = tuple(cache[order].clone() for cache in caches)  # type: ignore[assignment]
     copy = caches[0].to(dtype)
     for step in range(tokens - cuts[-1]):
         positions = [65 + step, cuts[-1] + step]
         rows = torch.stack([x[1][positions[0]], x[0][positions[1]]])
         row_B = torch.tensor(positions) % CHUNK_LENGTH
-        out = lightning_decode.decode(rows, SLOPES_H, row_B, *caches, copy if dtype is torch.float16 else None)
+        out = lightning_decode.decode(rows, SLOPES_H, order, row_B, *caches, copy if dtype is torch.float16 else None)
         assert error(out[0], wanted[1][positions[0]]) < 2 * TOLERANCES[dtype]
         assert error(out[1], wanted[0][positions[1]]) < 2 * TOLERANCES[dtype]
 
@@ -98,6 +110,7 @@ def test_pieces_leave_what_the_twin_leaves() -> None:
         torch.testing.assert_close(ours[2][slot, :, :rows], theirs[2][slot, :, :rows])
     row_B = torch.tensor([3, 0, 2])
     token = random(3, 3 * HEADS * 64, seed=5)
-    decoded = lightning_decode.decode(token, SLOPES_H, row_B, *ours)
-    wanted = twin_decode(token, slopes, torch.arange(3), row_B, None, *theirs)
+    places = torch.arange(3)
+    decoded = lightning_decode.decode(token, SLOPES_H, places, row_B, *ours)
+    wanted = twin_decode(token, slopes, places, row_B, None, *theirs)
     torch.testing.assert_close(decoded, wanted, rtol=1e-4, atol=1e-4)

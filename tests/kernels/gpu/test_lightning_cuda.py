@@ -91,11 +91,9 @@ def test_pieces_tokens_and_one_shot_have_the_same_bits(dim: int, cuts: list[int]
         pieces = x_BTI[:, begin:end].flatten(0, 1)
         out = lightning_prefill(pieces, slopes(), grid, slot_B, *caches, copy).view(2, end - begin, -1)
         assert torch.equal(out, one_shot[:, begin:end])
-    left = [None if cache is None else cache[slot_B].clone() for cache in (*caches, copy)]
-    every_B = torch.arange(2, device=CUDA)
     for position in range(cuts[-1], tokens):
-        row_B = torch.full_like(every_B, position % CHUNK_LENGTH)
-        out = lightning_decode(x_BTI[:, position], slopes(), every_B, row_B, None, *left)
+        row_B = torch.full_like(slot_B, position % CHUNK_LENGTH)
+        out = lightning_decode(x_BTI[:, position], slopes(), slot_B, row_B, None, *caches, copy)
         assert torch.equal(out, one_shot[:, position])
 
 
