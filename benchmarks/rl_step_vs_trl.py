@@ -27,6 +27,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from policies import write_tokenizer
 
 from cispo.advantage import AdvantageSettings
 from cispo.learner import Learner
@@ -37,7 +38,6 @@ from cispo.objective_settings import CispoSettings
 from cispo.rollout.engine import Engine, SamplingSettings
 from cispo.rollout.request import Drawing, GroupRequest
 from cispo.types import Prompt, Score, ScoredGroup
-from policies import write_tokenizer
 
 GROUP_SIZE = 8
 PROMPT_TOKENS = 16

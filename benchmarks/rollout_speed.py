@@ -17,6 +17,7 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,14 @@ def main() -> None:
     object.__setattr__(tokenizer, "eos_id", -1)  # no sample has this id, so no completion ends early
     size = sum(parameter.numel() for parameter in decoder.parameters()) / 1e6
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {size:.0f} M parameters, {dtype}")
+    print(
+        f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {size:.0f} M parameters, {dtype}"
+    )
     speed = copy_bytes_per_s() if options.device == "cuda" else None
     if speed:
         print(f"copy {speed / 1e12:.2f} TB/s")
-    print("| batch | transformers, tokens/s | cispo, tokens/s | ratio | limit, tokens/s | share |\n|---|---|---|---|---|---|")
+    print("| batch | transformers, tokens/s | cispo, tokens/s | ratio | limit, tokens/s | share |")
+    print("|---|---|---|---|---|---|")
     for batch in options.batch:
         ids_BT = torch.randint(0, decoder.trained_ids, (batch, options.prompt), device=options.device)
         ours = Ours(decoder, tokenizer, options, batch)
@@ -162,15 +166,17 @@ def main() -> None:
         our_rates, their_rates = [], []
         for index in range(max(options.rounds, options.their_rounds)):
             if model is not None and index < options.their_rounds:
-                their_rates.append(timed(lambda: theirs(model, ids_BT, options.new), options.device))
-            our_rates.append(timed(lambda: ours.run(ids_BT), options.device))
+                their_rates.append(timed(partial(theirs, model, ids_BT, options.new), options.device))
+            our_rates.append(timed(partial(ours.run, ids_BT), options.device))
         our = statistics.median(our_rates)
         their = statistics.median(their_rates) if their_rates else float("nan")
         limit = float("nan")
         if speed:
             limit = batch * speed / bytes_of_step(decoder, batch, options.prompt + options.new // 2)
-        print(f"| {batch} | {their:,.0f} | {our:,.0f} | {our / their:.2f} | {limit:,.0f} | {our / limit:.2f} |", flush=True)
-        del ours
+        print(
+            f"| {batch} | {their:,.0f} | {our:,.0f} | {our / their:.2f} | {limit:,.0f} | {our / limit:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

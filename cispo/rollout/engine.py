@@ -4,7 +4,7 @@ A step is schedule -> run -> postprocess. Groups are admitted whole: the prompt 
 decode steps of others, and forked to the group's completions. On a GPU the next step is launched before the tokens of
 the last one are looked at, so what a stop wastes is at most one token of its sequence.
 
-S slots, B sequences of a step, N packed tokens, L layers that have a router, K experts a token.
+B sequences of a step.
 """
 
 from collections import Counter, deque
@@ -17,19 +17,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cispo.kernels.chunks import CHUNK_LENGTH
-from cispo.kernels.head_loss import head_logits
-from cispo.model.cache import PAGE_LENGTH, Slots
+from cispo.model.cache import Slots
 from cispo.model.decoder import Decoder
-from cispo.model.routing import ExpertRecord, RoutingControl, RoutingLog
+from cispo.model.routing import ExpertRecord, RoutingLog
 from cispo.model.tokenizer import Tokenizer
 from cispo.rollout import ends
-from cispo.rollout.cuts import Cuts
-from cispo.rollout.decode_step import Ids, Logprobs, Sampled, fetch, open_stepper
+from cispo.rollout.checks import Checks
+from cispo.rollout.decode_step import Ids, Logprobs
 from cispo.rollout.request import GroupRequest, RequestError
 from cispo.rollout.room import Room
-from cispo.rollout.sampling import noise_key, sample_tokens, uniforms
-from cispo.rollout.sequence import GroupState, OpenTurn, ParkedGroup, Reading, RequestFailure, Stage
+from cispo.rollout.runner import Runner, UnderWay
+from cispo.rollout.sampling import noise_key
+from cispo.rollout.sequence import GroupState, OpenTurn, ParkedGroup, RequestFailure, Stage
 from cispo.rollout.sequence import Sequence as Completion
 from cispo.rollout.slots import SlotArrays, Tokens
 from cispo.types import Group, Rollout, StopReason
@@ -41,16 +40,6 @@ class SamplingSettings:
 
     max_completion_tokens: int
     seed: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _UnderWay:
-    """Tokens that were launched: for which slots, wanted while their epochs stand, and by which policy."""
-
-    sampled: Sampled
-    slots: Slots
-    epoch_B: Slots
-    version: int
 
 
 class Engine:
@@ -77,23 +66,35 @@ class Engine:
     ) -> None:
         self.decoder, self.tokenizer, self.settings = decoder, tokenizer, settings
         self.policy_version = 0
-        self.completion_tokens = self.prompt_tokens = self.steps = self.interruptions = 0
+        self.completion_tokens = self.steps = self.interruptions = 0
         self.stop_reasons: Counter[StopReason] = Counter()
-        self._max_prompt_tokens, self._max_prefill_tokens = max_prompt_tokens, max_prefill_tokens
-        self._device = decoder.head_weight.device
         limit = settings.max_completion_tokens
         self._cache = decoder.new_cache(
             capacity=max_concurrent_completions, max_tokens=max_prompt_tokens + limit, pages=cache_pages
         )
-        self._stepper = open_stepper(decoder, self._cache)
-        self._runs_ahead = self._device.type == "cuda"
-        self._record = ExpertRecord(decoder.config) if records_experts else None
-        experts = self._record.room(max_concurrent_completions, limit).numpy() if self._record else None
+        record = ExpertRecord(decoder.config) if records_experts else None
+        experts = record.room(max_concurrent_completions, limit).numpy() if record else None
         self._arrays = SlotArrays(max_concurrent_completions, limit, experts)
         self._room = Room(self._cache, self._arrays)
-        self._cuts = Cuts(decoder.trained_ids, self._device)
-        self._routing_log = routing_log
-        self._under_way: deque[_UnderWay] = deque()
+        self._runner = Runner(
+            decoder,
+            self._cache,
+            self._arrays,
+            self._room,
+            max_prefill_tokens=max_prefill_tokens,
+            record=record,
+            routing_log=routing_log,
+        )
+        self._checks = Checks(
+            decoder,
+            tokenizer,
+            self._cache,
+            max_prompt_tokens=max_prompt_tokens,
+            max_completion_tokens=limit,
+            records_experts=records_experts,
+        )
+        self._runs_ahead = decoder.head_weight.is_cuda
+        self._under_way: deque[tuple[UnderWay, int]] = deque()
         self._groups: dict[int, GroupState] = {}
         self._open: dict[int, Completion] = {}
         self._turns: list[OpenTurn] = []
@@ -103,11 +104,11 @@ class Engine:
 
     def submit(self, request: GroupRequest) -> None:
         """Queue a group. RequestError when it can never be sampled; nothing else is touched then."""
-        self._queue(self._checked(request))
+        self._queue(self._new_group(request))
 
     def resume(self, parked: ParkedGroup) -> None:
         """Queue a group that was taken out of an engine; its unfinished completions go on from their last token."""
-        group = self._checked(parked.request)
+        group = self._new_group(parked.request)
         group.rollouts = dict(parked.rollouts)
         if not parked.rollouts and not any(map(len, parked.tokens.values())):
             self._queue(group)
@@ -119,6 +120,11 @@ class Engine:
             completion.aside = parked.tokens.get(index, Tokens.none())
             completion.is_thinking = ends.still_thinks(completion, completion.aside, self.tokenizer)
             self._room.aside.append(completion)
+
+    def _new_group(self, request: GroupRequest) -> GroupState:
+        group = self._checks.group(request, self._submitted)
+        self._submitted += 1
+        return group
 
     def _queue(self, group: GroupState) -> None:
         for index in range(group.request.group_size):
@@ -136,57 +142,15 @@ class Engine:
         group.sequences.append(completion)
         return completion
 
-    def _checked(self, request: GroupRequest) -> GroupState:
-        prompt_ids = self._prompt_ids(request)
-        name, limit = f"prompt {request.prompt.id}", self.settings.max_completion_tokens
-        if len(prompt_ids) > self._max_prompt_tokens:
-            raise RequestError(
-                f"{name} has {len(prompt_ids)} tokens, more than max_prompt_tokens "
-                f"{self._max_prompt_tokens}; raise it or shorten the prompt"
-            )
-        if not 1 <= request.group_size <= self._cache.capacity:
-            raise RequestError(
-                f"group_size {request.group_size} does not fit max_concurrent_completions {self._cache.capacity}; "
-                "raise the latter"
-            )
-        request.drawing.check(self.decoder.trained_ids)
-        request.stops.check(limit)
-        if not 0 <= request.expert_threshold < 1:
-            raise RequestError(f"expert_threshold is {request.expert_threshold:g}; it must be in [0, 1), and 0 is off")
-        if request.expert_threshold and self._record is not None:
-            raise RequestError("no experts can be recorded where an expert_threshold drops some; leave one out")
-        longest = len(prompt_ids) + (request.stops.max_new_tokens or limit)
-        forks = request.group_size - 1 if len(prompt_ids) % PAGE_LENGTH else 0
-        pages = max(-(-longest // PAGE_LENGTH), -(-len(prompt_ids) // PAGE_LENGTH) + forks)
-        if pages > self._cache.pages:
-            raise RequestError(
-                f"{name} may take {pages} pages of {PAGE_LENGTH} tokens, and the cache has {self._cache.pages}; raise "
-                "cache_pages, or ask for fewer tokens or completions"
-            )
-        self._submitted += 1
-        group = GroupState(request, prompt_ids, self._submitted)
-        return ends.with_interruption(group, self.tokenizer, request.stops.max_new_tokens or limit)
-
-    def _prompt_ids(self, request: GroupRequest) -> list[int]:
-        if request.prompt_ids is None:
-            if not request.prompt.text.strip():
-                raise RequestError(f"prompt {request.prompt.id} is empty; give it some text")
-            return self.tokenizer.render_prompt(request.prompt.text)
-        ids = [int(token) for token in request.prompt_ids]
-        if not ids:
-            raise RequestError(f"prompt {request.prompt.id} has no tokens; give at least one")
-        self._refuse_strange(ids)
-        return ids
-
-    def _refuse_strange(self, ids: Sequence[int]) -> None:
-        strange = [token for token in ids if not 0 <= token < self.decoder.config.vocabulary_size]
-        if strange:
-            raise RequestError(f"token id {strange[0]} is none of the policy's {self.decoder.config.vocabulary_size}")
-
     @property
     def is_idle(self) -> bool:
         """Whether no group is queued or under way; one with an open turn is."""
         return not self._groups and not self._under_way
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that were read, of prompts and of what was put in, again where that was needed."""
+        return self._runner.prompt_tokens
 
     @property
     def active_completions(self) -> int:
@@ -216,10 +180,12 @@ class Engine:
         for completion in self._room.admit():
             self._set_rules(completion)
         self.steps += 1
-        launched = self._decode()
-        launched |= self._read()
-        while self._under_way and (len(self._under_way) > 1 or not (self._runs_ahead and launched)):
-            self._take_in(self._under_way.popleft())
+        launched = [one for one in (self._runner.decode(self._settle), self._runner.read()) if one is not None]
+        self._under_way.extend((one, self.policy_version) for one in launched)
+        # On a GPU the tokens of this step are looked at after the next one is launched.
+        kept = len(launched) if self._runs_ahead else 0
+        while len(self._under_way) > kept:
+            self._take_in(*self._under_way.popleft())
 
     def collect(self) -> list[Group]:
         """Groups that have ended since the last call, each with its rollouts in order of completion index."""
@@ -245,7 +211,7 @@ class Engine:
         ids = [int(token) for token in token_ids]
         if not ids:
             raise RequestError("a turn can only be extended by tokens; close it to end the completion")
-        self._refuse_strange(ids)
+        self._checks.refuse_strange(ids)
         completion = self._opened(turn)
         del self._open[turn.number]
         given, aside = ids, completion.aside
@@ -337,131 +303,17 @@ class Engine:
         arrays.log_sequence_S[slot] = request.log_sequence
         ends.set_rules(arrays, completion)
 
-    def _decode(self) -> bool:
-        """Launch a token for every completion that decodes; whether there was one."""
-        slots = self._ready()
-        if self._cache.pages_for_step(slots) > self._room.pages_to_give:
-            self._settle()
-            slots = self._room.make_pages(self._ready())
-        if not slots.size:
-            return False
-        arrays, routing = self._arrays, self._routing(slots)
-        uniform_B = uniforms(arrays.key_S[slots], arrays.launched_S[slots])
-        cut = (
-            self._cuts.filters([self._room.in_slot[int(slot)].group for slot in slots])
-            if self._has_cut(slots)
-            else None
-        )
-        sampled = self._stepper.launch(slots, uniform_B, arrays.temperature_S[slots], cut, routing)
-        if self._record is not None and arrays.expert_ids_STLK is not None:
-            ids_BLK = self._record.ids_NLK[: len(slots)].cpu().numpy()
-            arrays.expert_ids_STLK[slots, arrays.launched_S[slots]] = ids_BLK
-        self._await(sampled, slots)
-        return True
-
-    def _ready(self) -> Slots:
-        slots = self._room.decoding()
-        return slots[self._arrays.launched_S[slots] < self._arrays.limit_S[slots]]
-
-    def _has_cut(self, slots: Slots) -> bool:
-        return bool(self._arrays.has_cut_S[slots].any())
-
-    def _await(self, sampled: Sampled, slots: Slots) -> None:
-        self._arrays.launched_S[slots] += 1
-        self._under_way.append(_UnderWay(sampled, slots, self._arrays.epoch_S[slots], self.policy_version))
-
-    def _read(self) -> bool:
-        """Read queued tokens, as many as a step may; where a reading is done, sample what comes after it."""
-        pieces = self._pieces()
-        if not pieces:
-            return False
-        slots = [reading.slot for reading, _ in pieces]
-        target = self._cache.extend(slots, [length for _, length in pieces])
-        ends_B = np.cumsum([length for _, length in pieces])
-        spans = list(zip([reading for reading, _ in pieces], target.starts, np.diff(ends_B, prepend=0), strict=True))
-        ids = [token for reading, start, length in spans for token in reading.ids[start : start + length]]
-        positions_N = np.concatenate([np.arange(start, start + length) for _, start, length in spans])
-        done = np.array([start + length == len(reading.ids) for reading, start, length in spans])
-        hidden_ND = self.decoder(
-            torch.tensor(ids).to(self._device),
-            torch.from_numpy(positions_N).to(self._device),
-            torch.tensor([0, *ends_B.tolist()], dtype=torch.int32),
-            target,
-            routing=self._routing(np.array(slots)),
-        )
-        self.prompt_tokens += len(ids)
-        self._record_read(spans)
-        readings = [reading for (reading, _), is_done in zip(pieces, done, strict=True) if is_done]
-        if readings:
-            self._sample_first(readings, hidden_ND.index_select(0, torch.from_numpy(ends_B[done] - 1).to(self._device)))
-        return True
-
-    def _pieces(self) -> list[tuple[Reading, int]]:
-        """What is read in this step: whole readings, and of the last as many whole chunks as there is room for."""
-        pieces: list[tuple[Reading, int]] = []
-        left, pages = self._max_prefill_tokens, self._cache.free_pages
-        for reading in self._room.readings:
-            read = self._cache.length(reading.slot)
-            wanted = len(reading.ids) - read
-            if wanted > left:
-                wanted = (read + left) // CHUNK_LENGTH * CHUNK_LENGTH - read
-            pages -= reading.pages_wanted(read)
-            if wanted <= 0 or pages < 0:
-                break
-            pieces.append((reading, wanted))
-            left -= wanted
-        return pieces
-
-    def _sample_first(self, readings: list[Reading], last_RD: Tensor) -> None:
-        """Fork what was read to the sequences that go on from it, and sample a token of each."""
-        self._room.readings = [one for one in self._room.readings if one not in readings]
-        self._cache.fork_all((one.slot, [fork.slot for fork in one.sequences[1:]]) for one in readings)
-        completions = [completion for reading in readings for completion in reading.sequences]
-        for completion in completions:
-            completion.stage = Stage.DECODING
-        slots, arrays = np.array([completion.slot for completion in completions]), self._arrays
-        sizes = torch.tensor([len(reading.sequences) for reading in readings], device=self._device)
-        logits_BV = head_logits(last_RD, self.decoder.head_weight).repeat_interleave(sizes, 0)
-        uniform_B = uniforms(arrays.key_S[slots], arrays.launched_S[slots])
-        noise = [torch.from_numpy(x).to(self._device) for x in (uniform_B, arrays.temperature_S[slots])]
-        cut = self._cuts.filters([completion.group for completion in completions]) if self._has_cut(slots) else None
-        ids_B, logprob_B = sample_tokens(logits_BV, noise[0], noise[1], cut)
-        self._stepper.last_id_S.index_copy_(0, torch.from_numpy(slots).to(self._device), ids_B)
-        self._await(fetch(ids_B, logprob_B), slots)
-
-    def _routing(self, slots: Slots) -> RoutingControl | None:
-        """What the routers are told of the sequences in these slots, if anything."""
-        thresholds = self._arrays.threshold_S[slots]
-        if self._record is None and self._routing_log is None and not thresholds.any():
-            return None
-        return RoutingControl(
-            expert_thresholds=thresholds.tolist() if thresholds.any() else None,
-            log=self._routing_log,
-            log_sequences=self._arrays.log_sequence_S[slots].tolist(),
-            record=self._record,
-        )
-
-    def _record_read(self, spans: list[tuple[Reading, int, int]]) -> None:
-        """Keep the experts of what was read, with the token that comes after each."""
-        experts = self._arrays.expert_ids_STLK
-        if self._record is None or experts is None:
-            return
-        ids_NLK, first = self._record.ids_NLK.cpu().numpy(), 0
-        for reading, start, length in spans:
-            ids_TLK, first = ids_NLK[first : first + length], first + length
-            ends.keep_experts(experts, reading, start, ids_TLK)
-
     def _settle(self) -> None:
         """Take in all tokens under way."""
         while self._under_way:
-            self._take_in(self._under_way.popleft())
+            self._take_in(*self._under_way.popleft())
 
-    def _take_in(self, arrived: _UnderWay) -> None:
+    def _take_in(self, arrived: UnderWay, version: int) -> None:
         """Record the tokens that are still wanted, and end or interrupt the completions that have come to it."""
         ids_B, logprob_B = arrived.sampled.wait()
         is_wanted = self._arrays.epoch_S[arrived.slots] == arrived.epoch_B
         slots, ids_B, logprob_B = arrived.slots[is_wanted], ids_B[is_wanted], logprob_B[is_wanted]
-        self._arrays.append_sampled(slots, ids_B, logprob_B, arrived.version)
+        self._arrays.append_sampled(slots, ids_B, logprob_B, version)
         self.completion_tokens += len(slots)
         for at in self._remarkable(slots, ids_B, logprob_B):
             completion = self._room.in_slot.get(int(slots[at]))

@@ -1,0 +1,77 @@
+"""Whether a request can be served at all, asked before anything is queued."""
+
+from collections.abc import Sequence
+
+from cispo.model.cache import PAGE_LENGTH, DecodeCache
+from cispo.model.decoder import Decoder
+from cispo.model.tokenizer import Tokenizer
+from cispo.rollout import ends
+from cispo.rollout.request import GroupRequest, RequestError
+from cispo.rollout.sequence import GroupState
+
+
+class Checks:
+    """What an engine's sizes and policy allow. records_experts: as the engine has it."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        cache: DecodeCache,
+        *,
+        max_prompt_tokens: int,
+        max_completion_tokens: int,
+        records_experts: bool,
+    ) -> None:
+        self._decoder, self._tokenizer, self._cache = decoder, tokenizer, cache
+        self._max_prompt_tokens, self._max_completion_tokens = max_prompt_tokens, max_completion_tokens
+        self._records_experts = records_experts
+
+    def group(self, request: GroupRequest, order: int) -> GroupState:
+        """The request as a group under way. RequestError for what can never be served."""
+        prompt_ids = self._prompt_ids(request)
+        name, limit = f"prompt {request.prompt.id}", self._max_completion_tokens
+        if len(prompt_ids) > self._max_prompt_tokens:
+            raise RequestError(
+                f"{name} has {len(prompt_ids)} tokens, more than max_prompt_tokens "
+                f"{self._max_prompt_tokens}; raise it or shorten the prompt"
+            )
+        if not 1 <= request.group_size <= self._cache.capacity:
+            raise RequestError(
+                f"group_size {request.group_size} does not fit max_concurrent_completions {self._cache.capacity}; "
+                "raise the latter"
+            )
+        request.drawing.check(self._decoder.trained_ids)
+        request.stops.check(limit)
+        if not 0 <= request.expert_threshold < 1:
+            raise RequestError(f"expert_threshold is {request.expert_threshold:g}; it must be in [0, 1), and 0 is off")
+        if request.expert_threshold and self._records_experts:
+            raise RequestError("no experts can be recorded where an expert_threshold drops some; leave one out")
+        longest = len(prompt_ids) + (request.stops.max_new_tokens or limit)
+        forks = request.group_size - 1 if len(prompt_ids) % PAGE_LENGTH else 0
+        pages = max(-(-longest // PAGE_LENGTH), -(-len(prompt_ids) // PAGE_LENGTH) + forks)
+        if pages > self._cache.pages:
+            raise RequestError(
+                f"{name} may take {pages} pages of {PAGE_LENGTH} tokens, and the cache has {self._cache.pages}; raise "
+                "cache_pages, or ask for fewer tokens or completions"
+            )
+        return ends.with_interruption(
+            GroupState(request, prompt_ids, order), self._tokenizer, request.stops.max_new_tokens or limit
+        )
+
+    def _prompt_ids(self, request: GroupRequest) -> list[int]:
+        if request.prompt_ids is None:
+            if not request.prompt.text.strip():
+                raise RequestError(f"prompt {request.prompt.id} is empty; give it some text")
+            return self._tokenizer.render_prompt(request.prompt.text)
+        ids = [int(token) for token in request.prompt_ids]
+        if not ids:
+            raise RequestError(f"prompt {request.prompt.id} has no tokens; give at least one")
+        self.refuse_strange(ids)
+        return ids
+
+    def refuse_strange(self, ids: Sequence[int]) -> None:
+        """RequestError for an id that the policy does not have."""
+        strange = [token for token in ids if not 0 <= token < self._decoder.config.vocabulary_size]
+        if strange:
+            raise RequestError(f"token id {strange[0]} is none of the policy's {self._decoder.config.vocabulary_size}")
