@@ -47,8 +47,8 @@ class Drawing:
             strange = [token for token in ids if not 0 <= token < vocabulary]
             if strange:
                 raise RequestError(f"{name} holds {strange[0]}; the policy's token ids go from 0 to {vocabulary - 1}")
-        left = set(range(vocabulary)) if self.allowed_ids is None else set(self.allowed_ids)
-        if not left - set(self.banned_ids):
+        banned = set(self.banned_ids)
+        if len(banned) == vocabulary or (self.allowed_ids is not None and not set(self.allowed_ids) - banned):
             raise RequestError("allowed_ids and banned_ids leave no token; allow at least one")
 
 

@@ -60,8 +60,8 @@ _CHOOSE = Build(
     name="choose",
     kernel=_choose_kernel,
     types={"logits_BV": "*fp32", "uniform_B": "*fp64", "temperature_B": "*fp32", "ids_B": "*i64", "V": "i32"},
-    constants={"BLOCK": 4096},
-    num_warps=8,
+    constants={"BLOCK": 8192},
+    num_warps=16,
     num_stages=1,
     has_products=False,
 )

@@ -28,7 +28,7 @@ def _load_ids(ids, slot, slots, E):
 def _count(ids, first, slots, E, expert, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """How many of BLOCK slots from `first` on went to each expert."""
     count_E = tl.zeros_like(expert)
-    for start in range(0, BLOCK, TILE):
+    for start in range(0, tl.minimum(BLOCK, slots - first), TILE):
         slot = first + start + tl.arange(0, TILE)
         id_S = _load_ids(ids, slot, slots, E)
         count_E += tl.sum((id_S[:, None] == expert[None, :]).to(tl.int32), 0)
@@ -77,7 +77,7 @@ def _place_kernel(
     if block == 0:
         tl.store(row_ends + expert, end_E, mask=expert < E)
     next_E = end_E - total_E + before_E
-    for start in range(0, BLOCK, TILE):
+    for start in range(0, tl.minimum(BLOCK, slots - block * BLOCK), TILE):
         slot = block * BLOCK + start + tl.arange(0, TILE)
         id_S = _load_ids(ids, slot, slots, E)
         is_of_SE = (id_S[:, None] == expert[None, :]).to(tl.int32)

@@ -125,9 +125,11 @@ _EXPERT_BLOCKS = (16, 32, 64, 128)
 
 def _builds(block_e: int) -> dict[str, Build]:
     """The three products, over block_e experts at a time."""
+    # Few tokens are a walk over D by one program: long steps, many of them on the way.
+    depth, stages = (128, 4) if block_e <= 32 else (64, 3)
     narrow, span = {"BLOCK_N": 64, "BLOCK_E": min(block_e, 32), "BLOCK_D": 128}, {"SPAN": SPAN_ROWS, "BLOCK_N": 64}
     settings = {
-        "logits": (_logits_kernel, {"BLOCK_N": 64, "BLOCK_E": block_e, "BLOCK_D": 64}, 3),
+        "logits": (_logits_kernel, {"BLOCK_N": 64, "BLOCK_E": block_e, "BLOCK_D": depth}, stages),
         "input_gradient": (_input_gradient_kernel, narrow, 2),
         "weight_gradient": (_weight_gradient_kernel, span | {"BLOCK_E": block_e, "BLOCK_D": 64}, 3),
     }
