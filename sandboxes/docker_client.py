@@ -23,6 +23,8 @@ def connect() -> Any:
 
     try:
         client = docker.from_env(timeout=60)
+        # Else each request copies this process's environment, which another thread may be changing: a KeyError.
+        client.api.trust_env = False
         client.ping()
     except (docker.errors.DockerException, OSError) as error:
         raise SandboxError(f"no Docker daemon answers ({str(error)[:200]}); start one or set DOCKER_HOST") from error

@@ -37,6 +37,7 @@ from cispo.sandboxes.docker_client import (
 )
 from cispo.sandboxes.docker_stream import Streams, exchange, raw_socket
 from cispo.sandboxes.slotted import check_files, signal_of
+from cispo.sandboxes.told import told_limit
 from cispo.sandboxes.types import DEFAULT_LIMITS, NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
 
 BOOT_COMMAND = ["python3", "-S", "-s", "-c", Path(docker_boot.__file__).read_text(encoding="utf-8")]
@@ -129,7 +130,8 @@ class DockerSandbox:
         exit_code = int(container.wait(timeout=EXIT_TIMEOUT_S)["StatusCode"])
         container.reload()
         was_out_of_memory = bool(container.attrs["State"]["OOMKilled"])
-        return _result(streams, _status(exit_code, was_out_of_memory), exit_code, wall_s, usage)
+        status = _status(exit_code, was_out_of_memory, bytes(streams.stderr))
+        return _result(streams, status, exit_code, wall_s, usage)
 
     def _take(self, limits: Limits) -> Any:
         """A container that was made for these limits, or a new one; orders the next."""
@@ -209,12 +211,13 @@ def daemon_errors() -> Iterator[None]:
         raise SandboxError(f"the Docker daemon failed: {str(error)[:300]}") from error
 
 
-def _status(exit_code: int, was_out_of_memory: bool) -> ExecStatus:
+def _status(exit_code: int, was_out_of_memory: bool, stderr: bytes) -> ExecStatus:
     if exit_code == 0:
         return ExecStatus.OK
     if was_out_of_memory:
         return ExecStatus.MEMORY_LIMIT
-    return ExecStatus.TIMEOUT if exit_code == 128 + signal.SIGXCPU else ExecStatus.RUNTIME_ERROR
+    by_signal = {128 + signal.SIGXCPU: ExecStatus.TIMEOUT, 128 + signal.SIGXFSZ: ExecStatus.DISK_LIMIT}
+    return by_signal.get(exit_code) or told_limit(stderr)
 
 
 def _result(

@@ -14,6 +14,7 @@ from typing import Self
 
 from cispo.errors import SandboxClosedError, SandboxError
 from cispo.sandboxes.supervisor import Ended, Supervisor
+from cispo.sandboxes.told import told_limit
 from cispo.sandboxes.types import DEFAULT_LIMITS, NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
 
 MAX_OPEN_FILES = 256
@@ -153,4 +154,4 @@ def _status(ended: Ended, exit_code: int, limits: Limits) -> ExecStatus:
     was_killed_late = exit_code == 128 + signal.SIGKILL and ended.cpu_s >= limits.cpu_s
     if exit_code == 128 + signal.SIGXCPU or was_killed_late:
         return ExecStatus.TIMEOUT
-    return ExecStatus.RUNTIME_ERROR
+    return ExecStatus.DISK_LIMIT if exit_code == 128 + signal.SIGXFSZ else told_limit(bytes(ended.stderr))

@@ -50,6 +50,9 @@ class ExecStatus(StrEnum):
     TIMEOUT = "timeout"
     MEMORY_LIMIT = "memory_limit"
     OUTPUT_LIMIT = "output_limit"
+    PROCESS_LIMIT = "process_limit"
+    DISK_LIMIT = "disk_limit"
+    """This one and the one before: it failed, and said that it was refused processes or space (told.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,8 @@ class VerdictStatus(StrEnum):
     TIMEOUT = "timeout"
     MEMORY_LIMIT = "memory_limit"
     OUTPUT_LIMIT = "output_limit"
+    PROCESS_LIMIT = "process_limit"
+    DISK_LIMIT = "disk_limit"
     REJECTED = "rejected"
     """The source does not compile, or does not define the entry point."""
     SANDBOX_ERROR = "sandbox_error"
@@ -118,6 +123,8 @@ class TestStatus(StrEnum):
     TIMEOUT = "timeout"
     MEMORY_LIMIT = "memory_limit"
     OUTPUT_LIMIT = "output_limit"
+    PROCESS_LIMIT = "process_limit"
+    DISK_LIMIT = "disk_limit"
     NOT_RUN = "not_run"
     """The program ended before this test's turn."""
 
