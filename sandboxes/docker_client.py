@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cispo.errors import SandboxError
-from cispo.sandboxes.slotted import MAX_OPEN_FILES
+from cispo.sandboxes.bounds import MAX_OPEN_FILES
 from cispo.sandboxes.types import Limits
 
 DEFAULT_IMAGE = "cispo-sandbox"

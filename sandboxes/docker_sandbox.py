@@ -36,7 +36,7 @@ from cispo.sandboxes.docker_client import (
     remove,
 )
 from cispo.sandboxes.docker_stream import Streams, exchange, raw_socket
-from cispo.sandboxes.slotted import check_files, signal_of
+from cispo.sandboxes.bounds import check_files, signal_of
 from cispo.sandboxes.told import told_limit
 from cispo.sandboxes.types import DEFAULT_LIMITS, NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
 

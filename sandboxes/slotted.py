@@ -1,26 +1,21 @@
 """What the backends that run programs on this machine share: a number of slots, and how an end becomes a result."""
 
-import math
 import os
 import queue
-import resource
 import signal
+import socket
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Self
 
-from cispo.errors import SandboxClosedError, SandboxError
-from cispo.sandboxes.supervisor import Ended, Supervisor
+from cispo.errors import SandboxClosedError, SandboxError, UnsupportedError
+from cispo.sandboxes.bounds import check_files, signal_of
+from cispo.sandboxes.session import Session, SocketChannel
+from cispo.sandboxes.supervisor import Ended, Job, Supervisor
 from cispo.sandboxes.told import told_limit
 from cispo.sandboxes.types import DEFAULT_LIMITS, NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
-
-MAX_OPEN_FILES = 256
-# Address space of an interpreter that has done nothing yet, libraries included.
-BASE_ADDRESS_SPACE_MIB = 64
-
 
 class SlottedSandbox(ABC):
     """A sandbox with `workers` slots; `run` waits for a free one. A slot that fails is closed and later made anew."""
@@ -34,6 +29,8 @@ class SlottedSandbox(ABC):
         self._workers = workers
         self._made = 0
         self._lock = threading.Lock()
+        self._resting: list[Supervisor] = []
+        self._sessions: set[Session] = set()
         self._is_closed = False
 
     @abstractmethod
@@ -73,6 +70,56 @@ class SlottedSandbox(ABC):
         self._idle.put(supervisor)
         return result
 
+    def session(self, *, files: Mapping[str, bytes] = NO_FILES, limits: Limits = DEFAULT_LIMITS) -> Session:
+        """See Sandbox.session. Sessions have slots of their own, beside those of `workers`."""
+        check_files(files, limits)
+        if os.getpid() != self._owner_pid:
+            raise SandboxError(f"the sandbox belongs to process {self._owner_pid}; open one in each process")
+        with self._lock:
+            if self._is_closed:
+                raise SandboxClosedError("the sandbox is closed; open another")
+            supervisor = self._resting.pop() if self._resting else None
+        supervisor = supervisor or Supervisor(self._next_index(), own_user=self._own_user)
+        try:
+            session = self._open_session(supervisor, limits)
+        except OSError as error:
+            supervisor.close()
+            raise SandboxError(f"the machine refused what a sandbox needs: {error}") from error
+        with self._lock:
+            self._sessions.add(session)
+        if files:
+            session.run([], files=files)
+        return session
+
+    def _open_session(self, supervisor: Supervisor, limits: Limits) -> Session:
+        raise UnsupportedError("this backend has no sessions; use bubblewrap or docker")
+
+    def _start_session(self, supervisor: Supervisor, job: Job) -> Session:
+        """A session whose program, session_server.py, runs as `job`; gives the supervisor back at its end."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            watch = supervisor.start(job, theirs.fileno())
+
+        def end() -> None:
+            try:
+                supervisor.stop()
+            except SandboxError:
+                supervisor.close()
+                raise
+            with self._lock:
+                self._sessions.discard(session)
+                is_kept = not self._is_closed and len(self._resting) < self._workers
+                if is_kept:
+                    self._resting.append(supervisor)
+            if not is_kept:
+                supervisor.close()
+
+        session = Session(
+            SocketChannel(ours), job.limits, was_out_of_memory=watch.has_run_out_of_memory_since, end=end
+        )
+        session.begin()
+        return session
+
     def _next_index(self) -> int:
         with self._lock:
             self._made += 1
@@ -82,7 +129,13 @@ class SlottedSandbox(ABC):
         """See Sandbox.close. Waits for programs that run; calling it again does nothing."""
         if self._is_closed or os.getpid() != self._owner_pid:
             return
-        self._is_closed = True
+        with self._lock:
+            self._is_closed = True
+            sessions, resting = list(self._sessions), self._resting
+        for session in sessions:
+            session.close()
+        for supervisor in resting:
+            supervisor.close()
         for _ in range(self._workers):
             supervisor = self._idle.get()
             if supervisor is not None:
@@ -98,30 +151,6 @@ class SlottedSandbox(ABC):
         self.close()
 
 
-def check_files(files: Mapping[str, bytes], limits: Limits) -> None:
-    for name in files:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
-            raise ValueError(f"file name {name!r} leaves the working folder; use a relative name without '..'")
-    size = sum(map(len, files.values()))
-    if size > limits.files_mib << 20:
-        raise ValueError(f"the files hold {size} bytes; the limit files_mib is {limits.files_mib}")
-
-
-def resource_limits(limits: Limits) -> list[tuple[int, tuple[int, int]]]:
-    """Limits that every process inherits: the only ones without control groups, the gentler ones with them."""
-    cpu_s = math.ceil(limits.cpu_s) + 1  # counted in ticks and for each process: only for when nobody watches
-    address_space = (limits.memory_mib + BASE_ADDRESS_SPACE_MIB) << 20
-    file_size = limits.files_mib << 20
-    return [
-        (resource.RLIMIT_CPU, (cpu_s, cpu_s + 1)),
-        (resource.RLIMIT_AS, (address_space, address_space)),
-        (resource.RLIMIT_FSIZE, (file_size, file_size)),
-        (resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES)),
-        (resource.RLIMIT_CORE, (1, 1)),  # 0 would still hand the dump to a program of the host; 1 does not
-    ]
-
-
 def conclude(ended: Ended, exit_code: int, limits: Limits) -> ExecResult:
     """`exit_code` is the program's own, as a shell reports it."""
     return ExecResult(
@@ -135,12 +164,6 @@ def conclude(ended: Ended, exit_code: int, limits: Limits) -> ExecResult:
         cpu_s=ended.cpu_s,
         peak_mib=ended.peak_mib,
     )
-
-
-def signal_of(exit_code: int) -> int | None:
-    """The number of the signal that an exit code of a shell's kind stands for."""
-    number = exit_code - 128
-    return number if number in signal.valid_signals() else None
 
 
 def _status(ended: Ended, exit_code: int, limits: Limits) -> ExecStatus:

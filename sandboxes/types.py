@@ -95,6 +95,28 @@ class Capabilities:
     python_version: str
 
 
+class Session(Protocol):
+    """See session.Session."""
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        files: Mapping[str, bytes] = NO_FILES,
+        limits: Limits | None = None,
+    ) -> ExecResult:
+        """Run one command in /task with the files that earlier ones have left there."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 class VerdictStatus(StrEnum):
     """What became of a program under its tests: the status of the first test that failed, or ok."""
 
@@ -164,6 +186,12 @@ class Sandbox(Protocol):
         """Run one program in a fresh world whose working folder holds `files` (relative names); nothing outlives it.
 
         Raises SandboxError when the sandbox itself fails; ValueError when a file name leaves the folder.
+        """
+
+    def session(self, *, files: Mapping[str, bytes] = NO_FILES, limits: Limits = DEFAULT_LIMITS) -> "Session":
+        """A warm sandbox in which several commands run one after the other, and files stay; close it.
+
+        Raises as `run`; UnsupportedError where a backend has none.
         """
 
     def capabilities(self) -> Capabilities: ...
