@@ -79,14 +79,20 @@ def image_id(client: Any, name: str) -> str:
 
 
 def create_container(
-    client: Any, image: str, command: list[str], environment: dict[str, str], limits: Limits, *, runtime: str | None
-) -> Any:
-    """A container that is not started yet, closed to all but its stdin and its two folders in memory."""
+    client: Any, image: str, command: list[str], environment: dict[str, str], limits: Limits, *, runtime: str | None,
+    is_session: bool = False,
+) -> Any:  # fmt: skip
+    """A container that is not started yet, closed to all but its stdin and its two folders in memory.
+
+    The program of a session is process 1 itself, and has no limit of its own on CPU seconds.
+    """
     from docker.types import LogConfig, Ulimit
 
     file_bytes = limits.files_mib << 20
     folder = f"rw,exec,nosuid,nodev,size={limits.files_mib}m,mode=0700,uid={USER_ID},gid={USER_ID}"
     ceilings = {"nofile": MAX_OPEN_FILES, "fsize": file_bytes, "core": 0, "cpu": math.ceil(limits.cpu_s) + 1}
+    if is_session:
+        del ceilings["cpu"]
     return client.containers.create(
         image,
         command,
@@ -106,7 +112,7 @@ def create_container(
         memswap_limit=f"{limits.memory_mib}m",
         ulimits=[Ulimit(name=name, soft=value, hard=value) for name, value in ceilings.items()],
         log_config=LogConfig(type=LogConfig.types.NONE),
-        init=True,
+        init=not is_session,
         stdin_open=True,
         runtime=runtime,
     )

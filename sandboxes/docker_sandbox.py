@@ -35,12 +35,14 @@ from cispo.sandboxes.docker_client import (
     reap,
     remove,
 )
-from cispo.sandboxes.docker_stream import Streams, exchange, raw_socket
+from cispo.sandboxes.docker_stream import AttachedChannel, Streams, exchange, raw_socket
 from cispo.sandboxes.bounds import check_files, signal_of
+from cispo.sandboxes.session import SERVER_SOURCE, Session
 from cispo.sandboxes.told import told_limit
 from cispo.sandboxes.types import DEFAULT_LIMITS, NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
 
 BOOT_COMMAND = ["python3", "-S", "-s", "-c", Path(docker_boot.__file__).read_text(encoding="utf-8")]
+SESSION_COMMAND = ["python3", "-S", "-s", "-c", SERVER_SOURCE]
 CONTAINER_ENVIRONMENT = {**ENVIRONMENT, "PATH": "/usr/local/bin:/usr/bin:/bin"}
 PROBE_SOURCE = "import sys; print('%d.%d.%d' % sys.version_info[:3])"
 EXIT_TIMEOUT_S = 30
@@ -63,8 +65,8 @@ class DockerSandbox:
         self._permits = threading.BoundedSemaphore(workers)
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="sandbox-containers")
         self._lock = threading.Lock()
-        self._spares: deque[Any] = deque()
-        self._spare_limits: Limits | None = None
+        self._spares = {is_session: Spares() for is_session in (False, True)}
+        self._sessions: set[Session] = set()
         self._is_closed = False
         try:
             probe = self.run(["python3", "-S", "-s", "-c", PROBE_SOURCE])
@@ -133,32 +135,65 @@ class DockerSandbox:
         status = _status(exit_code, was_out_of_memory, bytes(streams.stderr))
         return _result(streams, status, exit_code, wall_s, usage)
 
-    def _take(self, limits: Limits) -> Any:
+    def session(self, *, files: Mapping[str, bytes] = NO_FILES, limits: Limits = DEFAULT_LIMITS) -> Session:
+        """See Sandbox.session. Sessions are beside the programs that `workers` counts."""
+        check_files(files, limits)
+        if os.getpid() != self._owner_pid:
+            raise SandboxError(f"the sandbox belongs to process {self._owner_pid}; open one in each process")
+        with daemon_errors():
+            if self._is_closed:
+                raise SandboxClosedError("the sandbox is closed; open another")
+            container = self._take(limits, is_session=True)
+            try:
+                channel = AttachedChannel(container)
+                container.start()
+            except BaseException:
+                remove(container)
+                raise
+
+        def end() -> None:
+            remove(container)
+            with self._lock:
+                self._sessions.discard(session)
+
+        session = Session(
+            channel, limits, is_memory_bounded=True, was_out_of_memory=lambda: was_killed_for_memory(container), end=end
+        )
+        session.begin()
+        with self._lock:
+            self._sessions.add(session)
+        if files:
+            session.run([], files=files)
+        return session
+
+    def _take(self, limits: Limits, *, is_session: bool = False) -> Any:
         """A container that was made for these limits, or a new one; orders the next."""
         with self._lock:
-            is_other = limits != self._spare_limits
-            outdated = list(self._spares) if is_other else []
-            if is_other:
-                self._spares.clear()
-                self._spare_limits = limits
-            spare = self._spares.popleft() if self._spares else None
+            outdated, spare = self._spares[is_session].take(limits)
             if not self._is_closed:
-                self._maker.submit(self._prepare, limits, outdated)
-        return spare if spare is not None else self._create(limits)
+                self._maker.submit(self._prepare, limits, outdated, is_session)
+        return spare if spare is not None else self._create(limits, is_session)
 
-    def _prepare(self, limits: Limits, outdated: list[Any]) -> None:
+    def _prepare(self, limits: Limits, outdated: list[Any], is_session: bool) -> None:
         for container in outdated:
             remove(container)
+        spares = self._spares[is_session]
         with self._lock:
-            is_wanted = limits == self._spare_limits and len(self._spares) < self._workers and not self._is_closed
+            is_wanted = limits == spares.limits and len(spares.containers) < self._workers and not self._is_closed
         if is_wanted:
-            container = self._create(limits)
+            container = self._create(limits, is_session)
             with self._lock:
-                self._spares.append(container)
+                spares.containers.append(container)
 
-    def _create(self, limits: Limits) -> Any:
+    def _create(self, limits: Limits, is_session: bool) -> Any:
         return create_container(
-            self._client, self._image, BOOT_COMMAND, CONTAINER_ENVIRONMENT, limits, runtime=self._runtime
+            self._client,
+            self._image,
+            SESSION_COMMAND if is_session else BOOT_COMMAND,
+            CONTAINER_ENVIRONMENT,
+            limits,
+            runtime=self._runtime,
+            is_session=is_session,
         )
 
     def close(self) -> None:
@@ -167,10 +202,12 @@ class DockerSandbox:
             return
         with self._lock:
             self._is_closed = True
+        for session in list(self._sessions):
+            session.close()
         for _ in range(self._workers):
             self._permits.acquire()
         self._maker.shutdown()
-        for container in self._spares:
+        for container in [*self._spares[False].containers, *self._spares[True].containers]:
             remove(container)
         self._client.close()
         for _ in range(self._workers):
@@ -183,6 +220,22 @@ class DockerSandbox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Spares:
+    """Containers that are made but not started, all for the limits that were asked for last."""
+
+    def __init__(self) -> None:
+        self.containers: deque[Any] = deque()
+        self.limits: Limits | None = None
+
+    def take(self, limits: Limits) -> tuple[list[Any], Any]:
+        """Those that have other limits, to be removed, and one that has these or None."""
+        outdated = list(self.containers) if limits != self.limits else []
+        if limits != self.limits:
+            self.containers.clear()
+            self.limits = limits
+        return outdated, self.containers.popleft() if self.containers else None
 
 
 class Usage:
@@ -198,6 +251,16 @@ class Usage:
         used_ns = stats.get("cpu_stats", {}).get("cpu_usage", {}).get("total_usage", 0)
         self.cpu_s = max(self.cpu_s, used_ns / 1e9)
         return ExecStatus.TIMEOUT if self.cpu_s > self._limits.cpu_s else None
+
+
+def was_killed_for_memory(container: Any) -> bool:
+    """Whether a container has ended because it met its limit on memory."""
+    import docker
+
+    with suppress(docker.errors.DockerException, OSError):
+        container.reload()
+        return bool(container.attrs["State"]["OOMKilled"]) and not container.attrs["State"]["Running"]
+    return False
 
 
 @contextmanager

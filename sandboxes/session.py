@@ -8,7 +8,6 @@ what it made to a judge, which uses fresh ones.
 
 import json
 import marshal
-import resource
 import socket
 import threading
 import time
@@ -19,7 +18,7 @@ from typing import Any, Protocol, Self
 
 from cispo.errors import SandboxClosedError, SandboxError
 from cispo.sandboxes import session_server
-from cispo.sandboxes.bounds import check_files, resource_limits, signal_of
+from cispo.sandboxes.bounds import check_files, signal_of
 from cispo.sandboxes.told import told_limit
 from cispo.sandboxes.types import NO_FILES, ExecResult, ExecStatus, Limits
 
@@ -73,10 +72,19 @@ class Session:
     """One warm sandbox, used by one thread at a time; `close` it, or use it in a `with` statement."""
 
     def __init__(
-        self, channel: Channel, limits: Limits, *, was_out_of_memory: Callable[[], bool], end: Callable[[], None]
+        self,
+        channel: Channel,
+        limits: Limits,
+        *,
+        is_memory_bounded: bool,
+        was_out_of_memory: Callable[[], bool],
+        end: Callable[[], None],
     ) -> None:
-        """was_out_of_memory: whether the kernel has killed for the session's memory since it was asked last.
-        end: gives back what the session holds."""
+        """is_memory_bounded: by the kernel, for all processes together; else their sum is looked at every 50 ms.
+        was_out_of_memory: whether the kernel has killed for the session's memory since it was asked last.
+        end: gives back what the session holds.
+        """
+        self._is_memory_bounded = is_memory_bounded
         self._channel = channel
         self._limits = limits
         self._was_out_of_memory = was_out_of_memory
@@ -133,19 +141,12 @@ class Session:
                 raise SandboxError("a session's sandbox answers with something else than a reply") from error
 
     def _wire_limits(self, limits: Limits) -> dict[str, Any]:
-        kinds = (resource.RLIMIT_CPU, resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)
         return {
             "wall_s": limits.wall_s,
             "cpu_s": limits.cpu_s,
-            "memory_bytes": self._limits.memory_mib << 20,
+            "memory_bytes": 0 if self._is_memory_bounded else self._limits.memory_mib << 20,
             "output_bytes": limits.output_kib << 10,
-            "rlimits": [
-                (kind, soft) for kind, (soft, _) in resource_limits(self._limits_for(limits)) if kind in kinds
-            ],
         }
-
-    def _limits_for(self, limits: Limits) -> Limits:
-        return Limits(cpu_s=limits.cpu_s, memory_mib=self._limits.memory_mib, files_mib=self._limits.files_mib)
 
     def _read_header(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._pending:

@@ -66,7 +66,7 @@ def own_descriptors() -> "tuple[int, int, int]":
 class Command:
     """One command from its start to its end; `summary` and `output` are then complete.
 
-    limits: wall_s, cpu_s, memory_bytes, output_bytes, and rlimits as pairs of a kind and a value.
+    limits: wall_s, cpu_s, memory_bytes (0 where the kernel holds that limit), output_bytes.
     """
 
     def __init__(self, argv: "list[str]", files: "dict[str, bytes]", stdin: bytes, limits: "dict[str, Any]") -> None:
@@ -137,7 +137,7 @@ class Command:
         cpu_s, resident_bytes = usage_of_all()
         if elapsed_s > self.limits["wall_s"] or cpu_s + reaped_cpu_s() - cpu_s_before > self.limits["cpu_s"]:
             return "timeout"
-        return "memory_limit" if resident_bytes > self.limits["memory_bytes"] else ""
+        return "memory_limit" if 0 < self.limits["memory_bytes"] < resident_bytes else ""
 
     def feed(self, fd: int) -> bool:
         """Whether all of stdin is sent, or nobody reads it any more."""
@@ -166,8 +166,8 @@ class Command:
                 os.dup2(fd, number)
             for number in (signal.SIGCHLD, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)
-            for kind, value in self.limits["rlimits"]:
-                resource.setrlimit(kind, (value, value))
+            ceiling_s = int(self.limits["cpu_s"]) + 2  # of each process, for when nobody watches
+            resource.setrlimit(resource.RLIMIT_CPU, (ceiling_s, ceiling_s))
             try:
                 with open("/proc/self/oom_score_adj", "w") as file:
                     file.write("1000")

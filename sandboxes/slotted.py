@@ -115,7 +115,11 @@ class SlottedSandbox(ABC):
                 supervisor.close()
 
         session = Session(
-            SocketChannel(ours), job.limits, was_out_of_memory=watch.has_run_out_of_memory_since, end=end
+            SocketChannel(ours),
+            job.limits,
+            is_memory_bounded=supervisor.cgroup is not None and supervisor.cgroup.memory is not None,
+            was_out_of_memory=watch.has_run_out_of_memory_since,
+            end=end,
         )
         session.begin()
         return session
