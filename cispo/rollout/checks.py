@@ -6,8 +6,8 @@ from cispo.model.cache import PAGE_LENGTH, DecodeCache
 from cispo.model.decoder import Decoder
 from cispo.model.tokenizer import Tokenizer
 from cispo.rollout import ends
-from cispo.rollout.request import GroupRequest, RequestError
-from cispo.rollout.sequence import GroupState
+from cispo.rollout.request import GroupRequest, RequestError, refuse_strange
+from cispo.rollout.sequence import GroupState, ParkedGroup
 
 
 class Checks:
@@ -42,7 +42,7 @@ class Checks:
                 "raise the latter"
             )
         request.drawing.check(self._decoder.trained_ids)
-        request.stops.check(limit)
+        request.stops.check(limit, self._decoder.trained_ids)
         if not 0 <= request.expert_threshold < 1:
             raise RequestError(f"expert_threshold is {request.expert_threshold:g}; it must be in [0, 1), and 0 is off")
         if request.expert_threshold and self._records_experts:
@@ -59,6 +59,19 @@ class Checks:
             GroupState(request, prompt_ids, order), self._tokenizer, request.stops.max_new_tokens or limit
         )
 
+    def parked(self, parked: ParkedGroup, order: int) -> GroupState:
+        """A group to go on with, likewise. RequestError also where its completions are too long already."""
+        group = self.group(parked.request, order)
+        limit = parked.request.stops.max_new_tokens or self._max_completion_tokens
+        for index, one in parked.completions.items():
+            if len(one.tokens) + (one.ended_by is None) > limit:
+                raise RequestError(
+                    f"completion {index} of prompt {parked.request.prompt.id} has {len(one.tokens)} tokens already, "
+                    f"which leaves no room in {limit}; resume it in an engine with more max_completion_tokens"
+                )
+        group.rollouts = dict(parked.rollouts)
+        return group
+
     def _prompt_ids(self, request: GroupRequest) -> list[int]:
         if request.prompt_ids is None:
             if not request.prompt.text.strip():
@@ -67,11 +80,9 @@ class Checks:
         ids = [int(token) for token in request.prompt_ids]
         if not ids:
             raise RequestError(f"prompt {request.prompt.id} has no tokens; give at least one")
-        self.refuse_strange(ids)
+        self.given_ids(f"prompt {request.prompt.id}", ids)
         return ids
 
-    def refuse_strange(self, ids: Sequence[int]) -> None:
-        """RequestError for an id that the policy does not have."""
-        strange = [token for token in ids if not 0 <= token < self._decoder.config.vocabulary_size]
-        if strange:
-            raise RequestError(f"token id {strange[0]} is none of the policy's {self._decoder.config.vocabulary_size}")
+    def given_ids(self, name: str, ids: Sequence[int]) -> None:
+        """RequestError for an id among these that the policy cannot read."""
+        refuse_strange(name, ids, self._decoder.config.vocabulary_size)
