@@ -1,5 +1,7 @@
 """The small random policy, loaded once for all tests of the engine."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,3 +29,17 @@ def fresh_policy(small_policy_folder: Path) -> Callable[[], Policy]:
         return Policy(decoder, Tokenizer.load(small_policy_folder))
 
     return load
+
+
+@pytest.fixture(scope="session")
+def syllable_policy(small_policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    """The same with a tokenizer that also has tokens of several characters."""
+    folder = tmp_path_factory.mktemp("syllables")
+    shutil.copytree(small_policy_folder, folder, dirs_exist_ok=True)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = [["a", "b"], ["b", "a"], ["ab", "ab"], ["b", "ab"]]
+    for first, second in merges:
+        tokenizer["model"]["vocab"][first + second] = 260 + len(tokenizer["model"]["vocab"]) - 256
+    tokenizer["model"]["merges"] = merges
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    return Policy(load_policy(folder, dtype=torch.float32, device="cpu"), Tokenizer.load(folder))
