@@ -38,8 +38,10 @@ def syllable_policy(small_policy_folder: Path, tmp_path_factory: pytest.TempPath
     shutil.copytree(small_policy_folder, folder, dirs_exist_ok=True)
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     merges = [["a", "b"], ["b", "a"], ["ab", "ab"], ["b", "ab"]]
-    for first, second in merges:
-        tokenizer["model"]["vocab"][first + second] = 260 + len(tokenizer["model"]["vocab"]) - 256
+    for number, (first, second) in enumerate(merges):
+        tokenizer["model"]["vocab"][first + second] = 256 + number
     tokenizer["model"]["merges"] = merges
+    for special in tokenizer["added_tokens"]:
+        special["id"] += len(merges)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     return Policy(load_policy(folder, dtype=torch.float32, device="cpu"), Tokenizer.load(folder))
