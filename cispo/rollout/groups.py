@@ -22,8 +22,8 @@ class Groups:
     def __init__(self, tokenizer: Tokenizer, arrays: SlotArrays, room: Room) -> None:
         self._tokenizer, self._arrays, self._room = tokenizer, arrays, room
         self._under_way: dict[int, GroupState] = {}
-        self._open: dict[int, Sequence] = {}
-        self._numbered = 0
+        self._open: dict[OpenTurn, Sequence] = {}
+        self._turns_opened = 0
         self.stop_reasons: Counter[StopReason] = Counter()
         self.finished: list[Group] = []
         self.failures: list[RequestFailure] = []
@@ -44,9 +44,8 @@ class Groups:
         """Take a new group, with a sequence for each completion that has not ended."""
         for index in range(group.request.group_size):
             if index not in group.rollouts:
-                self._numbered += 1
                 has_budget = group.request.stops.thinking is not None
-                sequence = Sequence(self._numbered, group, index, Stage.READING, is_thinking=has_budget)
+                sequence = Sequence(group, index, Stage.READING, is_thinking=has_budget)
                 if ends.reads_text(group):
                     sequence.text_decoder = self._tokenizer.text_decoder()
                 group.sequences.append(sequence)
@@ -93,10 +92,8 @@ class Groups:
     def drop(self, group: GroupState) -> None:
         """Forget a group and all that it has."""
         self._room.forget(group)
-        for sequence in group.sequences:
-            self._open.pop(sequence.number, None)
-        numbers = {sequence.number for sequence in group.sequences}
-        self.turns = [turn for turn in self.turns if turn.number not in numbers]
+        self._open = {turn: sequence for turn, sequence in self._open.items() if sequence.group is not group}
+        self.turns = [turn for turn in self.turns if turn in self._open]
         self._under_way.pop(group.order, None)
 
     def open_turn(self, sequence: Sequence, reason: StopReason) -> None:
@@ -104,23 +101,22 @@ class Groups:
         sequence.stage, sequence.ended_by = Stage.OPEN, reason
         if sequence.slot >= 0:
             self._arrays.stop_launching(sequence.slot)
-        self._open[sequence.number] = sequence
-        request, turn = sequence.group.request, self.tokens(sequence).turns()[-1]
-        ids = tuple(turn.token_ids_T.tolist())
+        request, last = sequence.group.request, self.tokens(sequence).turns()[-1]
+        ids = tuple(last.token_ids_T.tolist())
         text = self._tokenizer.decode(ids)
-        self.turns.append(OpenTurn(sequence.number, request.prompt.id, request.stream, sequence.index, ids, text))
-
-    def opened(self, turn: OpenTurn) -> Sequence:
-        """The sequence that waits with this turn; RequestError where none does."""
-        if turn.number not in self._open:
-            raise RequestError(f"completion {turn.completion_index} of prompt {turn.prompt_id} has no open turn")
-        return self._open[turn.number]
+        self._turns_opened += 1
+        turn = OpenTurn(self._turns_opened, request.prompt.id, request.stream, sequence.index, ids, text)
+        self._open[turn] = sequence
+        self.turns.append(turn)
 
     def take_opened(self, turn: OpenTurn) -> Sequence:
-        """As `opened`; the turn is open no more."""
-        sequence = self.opened(turn)
-        del self._open[turn.number]
-        return sequence
+        """The sequence that waits with this turn, which is open no more; RequestError where none does."""
+        if turn not in self._open:
+            raise RequestError(
+                f"turn {turn.number}, of completion {turn.completion_index} of prompt {turn.prompt_id}, is not open; "
+                "extend or close each turn of collect_turns once, in the engine that gave it"
+            )
+        return self._open.pop(turn)
 
     def park(self, group: GroupState) -> ParkedGroup:
         """Take a group out, with all that was sampled of it."""

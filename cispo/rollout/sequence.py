@@ -55,7 +55,6 @@ class Sequence:
     far, where strings may stop it; turn_start: from which character on that is the policy's present turn.
     """
 
-    number: int
     group: GroupState
     index: int
     stage: Stage
@@ -92,9 +91,12 @@ class Reading:
         return new + (forks if end % PAGE_LENGTH else 0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class OpenTurn:
-    """A turn that has ended, for `Engine.extend` or `close_turn`. token_ids: of the turn, with what ended it."""
+    """A turn that has ended, for `Engine.extend` or `close_turn`. token_ids: of the turn, with what ended it.
+
+    number: of the turn, in its engine.
+    """
 
     number: int
     prompt_id: str

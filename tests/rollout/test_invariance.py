@@ -1,4 +1,4 @@
-"""What a request samples depends on the weights and itself alone: not on batch, slot, worker, order, pages or pieces."""
+"""What a request samples depends on weights and itself alone: not on batch, slot, worker, order, pages or pieces."""
 
 from dataclasses import replace
 from typing import Any

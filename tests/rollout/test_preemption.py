@@ -116,5 +116,3 @@ def test_a_group_that_can_never_have_its_pages_is_refused(policy: Policy) -> Non
         engine.submit(request("forks", 50, 8))
     assert set(run(engine, [request("fits", 50)])) == {"fits"}
     assert_empty(engine)
-
-

@@ -128,7 +128,7 @@ def test_a_prompt_is_poisoned_in_a_later_turn(fresh_policy: Callable[[], Policy]
     engine.step()
     (failure,) = engine.collect_failures()
     assert failure.prompt_id == "turns"
-    with pytest.raises(RequestError, match="no open turn"):
+    with pytest.raises(RequestError, match="is not open"):
         engine.close_turn(second)
     assert_empty(engine)
     assert set(run(engine, OTHERS)) == {"a", "b", "c"}
