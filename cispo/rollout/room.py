@@ -47,36 +47,45 @@ class Room:
     def admit(self) -> list[Sequence]:
         """Give room to what was set aside, then to groups, while there is some; who has a slot now and had none."""
         admitted: list[Sequence] = []
+        pages_to_give = self.pages_to_give
         for sequence in sorted(self.aside, key=lambda one: one.rank):
-            if not self._has_room(1, min(-(-self._tokens_of(sequence) // PAGE_LENGTH) + 1, self._cache.pages)):
+            wanted = min(-(-self._tokens_of(sequence) // PAGE_LENGTH) + 1, self._cache.pages)
+            if self._make_room(1, wanted, pages_to_give) is None:
                 return admitted
             self.aside.remove(sequence)
             self._occupy(sequence)
             admitted.append(sequence)
+            pages_to_give = self.pages_to_give
         while self._waiting:
             group = self._waiting[0][1]
             size, pages = group.request.group_size, -(-len(group.prompt_ids) // PAGE_LENGTH)
             # A page more for each keeps a group that was just admitted from being set aside at once.
-            if not self._has_room(size, min(pages + 2 * size, self._cache.pages)):
+            left = self._make_room(size, min(pages + 2 * size, self._cache.pages), pages_to_give)
+            if left is None:
                 return admitted
             heapq.heappop(self._waiting)
             for sequence in group.sequences:
                 self._occupy(sequence)
             admitted += group.sequences
             self.readings.append(Reading(group.sequences[0].slot, group.prompt_ids, list(group.sequences)))
+            pages_to_give = left - self.readings[-1].pages_wanted(0)
         return admitted
 
     def _tokens_of(self, sequence: Sequence) -> int:
         return len(sequence.group.prompt_ids) + len(sequence.aside or ())
 
-    def _has_room(self, slots: int, pages: int) -> bool:
-        """Whether so much is free, once sequences that wait for their next turn have been set aside if need be."""
-        while len(self._free_slots) < slots or self.pages_to_give < pages:
+    def _make_room(self, slots: int, pages: int, pages_to_give: int) -> int | None:
+        """Pages to give once so much is free, if need be by setting aside sequences that wait for their next turn.
+
+        None where so much cannot be had. pages_to_give: as it is now; counting it anew takes all readings.
+        """
+        while len(self._free_slots) < slots or pages_to_give < pages:
             open_sequences = [one for one in self.in_slot.values() if one.stage is Stage.OPEN]
             if not open_sequences:
-                return False
+                return None
             self.set_aside(max(open_sequences, key=lambda one: one.rank))
-        return True
+            pages_to_give = self.pages_to_give
+        return pages_to_give
 
     def _occupy(self, sequence: Sequence) -> None:
         """Give a sequence a slot, with what it brings along; what of it is unread, or all of it, is queued."""
