@@ -42,10 +42,12 @@ class Room:
     def admit(self) -> list[Sequence]:
         """Give room to what waits, first to last, while there is some; the sequences that have a slot now."""
         admitted: list[Sequence] = []
+        pages_to_give = self.pages_to_give
         while self._waiting:
             waiting = self._waiting[0][1]
             slots, pages = self._wanted(waiting)
-            if not self._has_room(slots, min(pages, self._cache.pages)):
+            left = self._make_room(slots, min(pages, self._cache.pages), pages_to_give)
+            if left is None:
                 break
             heapq.heappop(self._waiting)
             sequences = waiting.sequences if isinstance(waiting, GroupState) else [waiting]
@@ -53,6 +55,9 @@ class Room:
                 self._occupy(sequence)
             if isinstance(waiting, GroupState):
                 self.readings.append(Reading(sequences[0].slot, waiting.prompt_ids, list(sequences)))
+                pages_to_give = left - self.readings[-1].pages_wanted(0)
+            else:
+                pages_to_give = left - (pages - 1)
             admitted += sequences
         return admitted
 
@@ -66,14 +71,18 @@ class Room:
     def _tokens_of(self, sequence: Sequence) -> int:
         return len(sequence.group.prompt_ids) + len(sequence.aside or ())
 
-    def _has_room(self, slots: int, pages: int) -> bool:
-        """Whether so much is free, once sequences that wait for their next turn have been set aside if need be."""
-        while len(self._free_slots) < slots or self.pages_to_give < pages:
+    def _make_room(self, slots: int, pages: int, pages_to_give: int) -> int | None:
+        """Pages to give once so much is free, if need be by setting aside sequences that wait for their next turn.
+
+        None where so much cannot be had. pages_to_give: as it is now; counting it anew takes all readings.
+        """
+        while len(self._free_slots) < slots or pages_to_give < pages:
             open_sequences = [one for one in self.in_slot.values() if one.stage is Stage.OPEN]
             if not open_sequences:
-                return False
+                return None
             self.set_aside(max(open_sequences, key=lambda one: one.rank))
-        return True
+            pages_to_give = self.pages_to_give
+        return pages_to_give
 
     def _occupy(self, sequence: Sequence) -> None:
         """Give a sequence a slot, with what it brings along; what of it is unread, or all of it, is queued."""
@@ -86,18 +95,22 @@ class Room:
         if tokens is not None:
             if states is not None:
                 self._cache.restore(slot, sequence.read, states)
-            self.read_on(sequence)
+            self.readings.append(self._unread(sequence))
 
     def read_on(self, sequence: Sequence) -> None:
         """Queue all tokens of a sequence that its slot has not read; set it aside where there are too few pages."""
+        reading = self._unread(sequence)
+        sequence.stage = Stage.READING
+        wanted = reading.pages_wanted(self._cache.length(sequence.slot))
+        if wanted and self._make_room(0, wanted, self.pages_to_give) is None:
+            self.set_aside(sequence)
+        else:
+            self.readings.append(reading)
+
+    def _unread(self, sequence: Sequence) -> Reading:
         count = int(self._arrays.count_S[sequence.slot])
         ids = [*sequence.group.prompt_ids, *self._arrays.ids_ST[sequence.slot, :count].tolist()]
-        reading = Reading(sequence.slot, ids, [sequence])
-        sequence.stage = Stage.READING
-        if self._has_room(0, reading.pages_wanted(self._cache.length(sequence.slot))):
-            self.readings.append(reading)
-        else:
-            self.set_aside(sequence)
+        return Reading(sequence.slot, ids, [sequence])
 
     def make_pages(self, slots: Slots) -> Slots:
         """Those of the slots that a decode step has pages for; the others' sequences were set aside.
