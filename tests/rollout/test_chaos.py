@@ -66,6 +66,7 @@ class Chaos:
             capacity=int(self.generator.integers(12, 40)),
             cache_pages=int(self.generator.integers(8, 40)),
             max_prefill_tokens=int(self.generator.choice([64, 200, 4096])),
+            runs_ahead=bool(self.generator.integers(2)),
         )
 
     def submit(self, request: GroupRequest) -> None:

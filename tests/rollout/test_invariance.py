@@ -49,6 +49,7 @@ def test_requests_sample_alike_in_any_engine_and_order(
         cache_pages=data.draw(st.none() | st.integers(5, 30), "pages"),
         max_prefill_tokens=data.draw(st.sampled_from([64, 65, 100, 200, 16_384]), "piece"),
         records_experts=data.draw(st.booleans(), "experts"),
+        runs_ahead=data.draw(st.booleans(), "ahead"),
     )
     due: dict[int, list[GroupRequest]] = {}
     for number, (one, priority) in enumerate(zip(requests, priorities, strict=True)):
@@ -102,8 +103,11 @@ def test_names_and_streams_make_the_noise(policy: Policy) -> None:
 
 @pytest.mark.parametrize("piece", [64, 16_384])
 @pytest.mark.parametrize("pages", [None, 6])
-def test_recorded_experts_are_those_of_one_forward(policy: Policy, pages: int | None, piece: int) -> None:
-    engine = policy.engine(records_experts=True, cache_pages=pages, max_prefill_tokens=piece)
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_recorded_experts_are_those_of_one_forward(
+    policy: Policy, pages: int | None, piece: int, runs_ahead: bool
+) -> None:
+    engine = policy.engine(records_experts=True, cache_pages=pages, max_prefill_tokens=piece, runs_ahead=runs_ahead)
     groups = run(engine, [one for one in REQUESTS if one.prompt.id in ("chunk", "long", "thinks")])
     for group in groups.values():
         for rollout in group.rollouts:

@@ -17,11 +17,14 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("pages", [6, 7, 8, 11, 20])
-@pytest.mark.parametrize("records_experts", [False, True])
-def test_samples_are_those_of_a_cache_with_room_for_all(policy: Policy, pages: int, records_experts: bool) -> None:
+@pytest.mark.parametrize("pages", [6, 8, 11, 20])
+@pytest.mark.parametrize(("records_experts", "runs_ahead"), [(False, False), (True, False), (True, True)])
+def test_samples_are_those_of_a_cache_with_room_for_all(
+    policy: Policy, pages: int, records_experts: bool, runs_ahead: bool
+) -> None:
     reference = run(policy.engine(records_experts=records_experts), REQUESTS)
-    engine = policy.engine(cache_pages=pages, records_experts=records_experts, max_prefill_tokens=64)
+    sizes = {"cache_pages": pages, "max_prefill_tokens": 64}
+    engine = policy.engine(records_experts=records_experts, runs_ahead=runs_ahead, **sizes)
     groups = run(engine, REQUESTS)
     assert samples(groups) == samples(reference)
     if pages < 20:
@@ -34,7 +37,8 @@ def test_samples_are_those_of_a_cache_with_room_for_all(policy: Policy, pages: i
                 assert one.expert_ids_TLK.tolist() == other.expert_ids_TLK.tolist()
 
 
-def test_turns_that_grow_together_beyond_the_pages_go_on_one_after_the_other(policy: Policy) -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_turns_that_grow_together_beyond_the_pages_go_on_one_after_the_other(policy: Policy, runs_ahead: bool) -> None:
     """Each alone fits; what is put in wants more pages than are free, while nothing decodes."""
     requests = [request(f"p{i}", 10, 1, is_open=True, **stops(token_ids=tuple(range(260)))) for i in range(4)]
 
@@ -62,7 +66,7 @@ def test_turns_that_grow_together_beyond_the_pages_go_on_one_after_the_other(pol
         assert_empty(engine)
         return samples(groups)
 
-    few = policy.engine(limit=300, max_prompt_tokens=64, cache_pages=6)
+    few = policy.engine(limit=300, max_prompt_tokens=64, cache_pages=6, runs_ahead=runs_ahead)
     assert play(few) == play(policy.engine(limit=300, max_prompt_tokens=64))
     assert few.times_set_aside > 0
 

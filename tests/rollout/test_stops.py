@@ -66,12 +66,12 @@ RULES = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
-@given(rules=RULES)
+@given(rules=RULES, runs_ahead=st.booleans())
 def test_a_completion_ends_where_a_rule_first_holds(
-    syllable_policy: Policy, babble: tuple[Drawing, list[Rollout]], rules: Stops
+    syllable_policy: Policy, babble: tuple[Drawing, list[Rollout]], rules: Stops, runs_ahead: bool
 ) -> None:
     drawing, unstopped = babble
-    engine = syllable_policy.engine()
+    engine = syllable_policy.engine(runs_ahead=runs_ahead)
     rollouts = run(engine, [request("p", 5, GROUP, drawing=drawing, stops=rules)])["p"].rollouts
     for rollout, whole in zip(rollouts, unstopped, strict=True):
         count, reason = expected_end(syllable_policy, whole, rules)
@@ -136,15 +136,15 @@ ANSWER = "stop: <|assistant|>"
 
 @pytest.mark.parametrize("end", ["<|assistant|>", "ab", "é"], ids=["one token", "text of tokens", "a character"])
 @pytest.mark.parametrize("budget", [1, 7, 30])
-@pytest.mark.parametrize("capacity", [GROUP, 32])
+@pytest.mark.parametrize("runs_ahead", [False, True])
 def test_thinking_is_interrupted_at_its_budget_and_the_policy_goes_on(
-    policy: Policy, end: str, budget: int, capacity: int
+    policy: Policy, end: str, budget: int, runs_ahead: bool
 ) -> None:
     tokenizer = policy.tokenizer
     ids = {token for text in (*LETTERS, "<|assistant|>") for token in tokenizer.encode(text)}
     drawing = Drawing(allowed_ids=(*ids, tokenizer.eos_id))
     unstopped = run(policy.engine(), [request("p", 5, GROUP, drawing=drawing)])["p"].rollouts
-    engine = policy.engine(capacity=capacity)
+    engine = policy.engine(capacity=GROUP, runs_ahead=runs_ahead)
     thinking = ThinkingBudget(budget, end, ANSWER)
     rollouts = run(engine, [request("p", 5, GROUP, drawing=drawing, **stops(thinking=thinking))])["p"].rollouts
     forced = tokenizer.encode(ANSWER)

@@ -126,6 +126,7 @@ def test_however_a_turn_waits_the_policy_goes_on_the_same(
         "capacity": data.draw(st.integers(3, 12), "capacity"),
         "cache_pages": data.draw(st.none() | st.integers(6, 20), "pages"),
         "max_prefill_tokens": data.draw(st.sampled_from([64, 100, 16_384]), "piece"),
+        "runs_ahead": data.draw(st.booleans(), "ahead"),
     }
 
     def park_now_and_then(engine: Engine) -> Engine:

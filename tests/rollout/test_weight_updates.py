@@ -96,6 +96,7 @@ def test_recomputed_caches_are_those_of_the_new_weights(
         capacity=data.draw(st.integers(4, 12), "capacity"),
         cache_pages=data.draw(st.none() | st.integers(4, 12), "pages"),
         max_prefill_tokens=data.draw(st.sampled_from([64, 16_384]), "piece"),
+        runs_ahead=data.draw(st.booleans(), "ahead"),
     )
     updates = VERSIONS - 1
     due = sorted(data.draw(st.lists(st.integers(0, 60), min_size=updates, max_size=updates, unique=True), "steps"))
@@ -140,12 +141,13 @@ def kept_sample(decoder: Decoder, weights: Weights, rollout: Rollout) -> tuple[l
 
 
 @pytest.mark.parametrize("pages", [None, 4])
+@pytest.mark.parametrize("runs_ahead", [False, True])
 def test_kept_caches_go_on_from_what_the_old_weights_left(
-    own_policy: Policy, weights: Weights, pages: int | None
+    own_policy: Policy, weights: Weights, pages: int | None, runs_ahead: bool
 ) -> None:
     """Greedy, so that the reference is drawn by the same rule."""
     load(own_policy.decoder, weights[0])
-    engine = own_policy.engine(cache_pages=pages)
+    engine = own_policy.engine(cache_pages=pages, runs_ahead=runs_ahead)
     requests = [request(name, length, 1, drawing=Drawing(0.0)) for name, length in (("a", 5), ("b", 60), ("c", 62))]
 
     def update() -> None:

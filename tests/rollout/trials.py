@@ -10,6 +10,7 @@ import torch
 from cispo.kernels.head_loss import head_logprobs
 from cispo.model.decoder import Decoder
 from cispo.model.tokenizer import Tokenizer
+from cispo.rollout.decode_step import AtHand
 from cispo.rollout.engine import Engine, SamplingSettings
 from cispo.rollout.request import Drawing, GroupRequest, Stops
 from cispo.types import Group, Prompt, Rollout
@@ -25,8 +26,17 @@ class Policy:
     decoder: Decoder
     tokenizer: Tokenizer
 
-    def engine(self, *, capacity: int = 32, limit: int = LIMIT, max_prompt_tokens: int = 128, **changes: Any) -> Engine:
-        return Engine(
+    def engine(
+        self,
+        *,
+        capacity: int = 32,
+        limit: int = LIMIT,
+        max_prompt_tokens: int = 128,
+        runs_ahead: bool = False,
+        **changes: Any,
+    ) -> Engine:
+        """runs_ahead: launch a step before the tokens of the last one are looked at, as on a GPU."""
+        engine = Engine(
             self.decoder,
             self.tokenizer,
             SamplingSettings(max_completion_tokens=limit, seed=3),
@@ -34,6 +44,22 @@ class Policy:
             max_prompt_tokens=max_prompt_tokens,
             **changes,
         )
+        if runs_ahead:
+            run_ahead(engine)
+        return engine
+
+
+def run_ahead(engine: Engine) -> None:
+    stepper = engine._runner._stepper
+    launch = stepper.launch
+
+    def launch_and_keep(*args: Any) -> AtHand:
+        # A plan writes to the same place at every step.
+        ids_B, logprob_B = launch(*args).wait()
+        return AtHand(torch.tensor(ids_B), torch.tensor(logprob_B))
+
+    stepper.launch = launch_and_keep  # type: ignore[method-assign]
+    engine._runs_ahead = True
 
 
 def request(name: str, length: int = 5, group_size: int = 1, **changes: Any) -> GroupRequest:
