@@ -223,7 +223,10 @@ class Engine:
 
     @torch.inference_mode()
     def park(self) -> list[ParkedGroup]:
-        """Take all unfinished groups out, in order of rank; `resume` goes on with them, here or elsewhere."""
+        """Take all unfinished groups out, in order of rank; `resume` goes on with them, here or elsewhere.
+
+        What ends with the tokens that are under way is in `collect` and `collect_failures` after it.
+        """
         self._settle()
         return [self._groups.park(group) for group in self._groups.in_order()]
 

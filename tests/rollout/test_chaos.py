@@ -84,18 +84,21 @@ class Chaos:
                 self.engine.close_turn(turn)
             else:
                 self.engine.extend(turn, self.generator.integers(0, 260, int(self.generator.integers(1, 40))).tolist())
+        self.collect()
+
+    def collect(self) -> None:
         for group in self.engine.collect():
             assert group.prompt.id not in self.groups
             self.groups[group.prompt.id] = group
         failures = [failure.prompt_id for failure in self.engine.collect_failures()]
         self.failed += failures
-        lost = {turn.number for turn in self.waiting if turn.prompt_id in failures}
-        self.waiting = [turn for turn in self.waiting if turn.number not in lost]
+        self.waiting = [turn for turn in self.waiting if turn.prompt_id not in failures]
 
     def move(self) -> None:
         """Park everything, and go on in an engine of another size."""
         parked, old = pickle.loads(pickle.dumps(self.engine.park())), self.engine
         assert_empty(old)
+        self.collect()
         self.stop_reasons += old.stop_reasons
         self.engine, self.waiting = self.new_engine(), []
         self.engine.policy_version = old.policy_version

@@ -52,7 +52,8 @@ def play(
             return groups, turns
         before, engine = engine, between(engine)
         if engine is not before:
-            # The turns that wait are open again, with numbers of the engine that goes on.
+            # What ended with the tokens under way; the turns that wait are open again in the engine that goes on.
+            groups |= {group.prompt.id: group for group in before.collect()}
             due = []
         engine.step()
         for turn in engine.collect_turns():

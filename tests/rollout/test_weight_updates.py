@@ -222,19 +222,22 @@ def test_a_parked_group_goes_on_elsewhere_under_other_weights(
 
 
 @pytest.mark.parametrize("times", [1, 4])
-def test_parking_and_resuming_under_the_same_weights_changes_nothing(policy: Policy, times: int) -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_parking_and_resuming_under_the_same_weights_changes_nothing(
+    policy: Policy, times: int, runs_ahead: bool
+) -> None:
     reference = samples(run(policy.engine(), REQUESTS))
-    engine = policy.engine(cache_pages=9)
+    engine = policy.engine(cache_pages=9, runs_ahead=runs_ahead)
     groups: dict[str, Group] = {}
     for one in REQUESTS:
         engine.submit(one)
     for _ in range(times):
         for _ in range(8):
             engine.step()
-        groups |= {group.prompt.id: group for group in engine.collect()}
         parked = engine.park()
         assert_empty(engine)
-        engine = policy.engine(capacity=9, cache_pages=7)
+        groups |= {group.prompt.id: group for group in engine.collect()}
+        engine = policy.engine(capacity=9, cache_pages=7, runs_ahead=runs_ahead)
         for one in parked:
             engine.resume(one)
     assert samples(groups | run(engine)) == reference
