@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from cispo.model.cache import PAGE_LENGTH, DecodeCache
 from cispo.model.decoder import Decoder
+from cispo.model.routing import RoutingLog
 from cispo.model.tokenizer import Tokenizer
 from cispo.rollout import ends
 from cispo.rollout.request import GroupRequest, RequestError, refuse_strange
@@ -11,7 +12,7 @@ from cispo.rollout.sequence import GroupState, ParkedGroup
 
 
 class Checks:
-    """What an engine's sizes and policy allow. records_experts: as the engine has it."""
+    """What an engine's sizes and policy allow. records_experts, routing_log: as the engine has them."""
 
     def __init__(
         self,
@@ -22,10 +23,12 @@ class Checks:
         max_prompt_tokens: int,
         max_completion_tokens: int,
         records_experts: bool,
+        routing_log: RoutingLog | None,
     ) -> None:
         self._decoder, self._tokenizer, self._cache = decoder, tokenizer, cache
         self._max_prompt_tokens, self._max_completion_tokens = max_prompt_tokens, max_completion_tokens
         self._records_experts = records_experts
+        self._log_sequences = None if routing_log is None else routing_log.tokens_BLE.shape[0]
 
     def group(self, request: GroupRequest, order: int) -> GroupState:
         """The request as a group under way. RequestError for what can never be served."""
@@ -47,6 +50,11 @@ class Checks:
             raise RequestError(f"expert_threshold is {request.expert_threshold:g}; it must be in [0, 1), and 0 is off")
         if request.expert_threshold and self._records_experts:
             raise RequestError("no experts can be recorded where an expert_threshold drops some; leave one out")
+        if self._log_sequences is not None and not 0 <= request.log_sequence < self._log_sequences:
+            raise RequestError(
+                f"log_sequence is {request.log_sequence}, and the engine's routing log has {self._log_sequences} "
+                "sequences; number them from 0, or make a larger log"
+            )
         longest = len(prompt_ids) + (request.stops.max_new_tokens or limit)
         forks = request.group_size - 1 if len(prompt_ids) % PAGE_LENGTH else 0
         pages = max(-(-longest // PAGE_LENGTH), -(-len(prompt_ids) // PAGE_LENGTH) + forks)

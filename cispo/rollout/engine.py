@@ -95,6 +95,7 @@ class Engine:
             max_prompt_tokens=max_prompt_tokens,
             max_completion_tokens=limit,
             records_experts=records_experts,
+            routing_log=routing_log,
         )
         self._runs_ahead = decoder.head_weight.is_cuda
         self._under_way: deque[tuple[UnderWay, int]] = deque()
@@ -319,10 +320,11 @@ class Engine:
 
     def _interrupt(self, completion: Completion) -> StopReason | None:
         """Put in what ends the thinking of a completion; where that leaves no room for an answer, why it ends."""
+        # Before it may lose its slot.
+        ends.end_thinking(self._arrays, completion)
         if not self._put_in(completion, completion.group.forced_ids):
             return StopReason.LENGTH
         self.interruptions += 1
-        ends.end_thinking(self._arrays, completion)
         return None
 
     def _put_in(self, completion: Completion, ids: list[int]) -> bool:

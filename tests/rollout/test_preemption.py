@@ -5,6 +5,7 @@ import pytest
 from cispo.rollout.engine import Engine
 from cispo.rollout.request import Drawing, RequestError, ThinkingBudget
 from cispo.rollout.sequence import Stage
+from cispo.types import StopReason
 from tests.rollout.trials import Policy, assert_empty, request, run, samples, stops
 
 REQUESTS = [
@@ -109,6 +110,31 @@ def test_what_was_set_aside_gives_way_to_a_group_of_higher_priority(policy: Poli
     assert {one.group.request.prompt.id for one in engine._room.in_slot.values()} == {"a", "urgent"}
     assert victim.stage is Stage.ASIDE
     assert len(run(engine)) == 3
+    assert_empty(engine)
+
+
+def test_an_interruption_without_a_page_leaves_the_stops_of_others_as_they_are(policy: Policy) -> None:
+    thinks = request("thinks", 60, **stops(max_new_tokens=60, thinking=ThinkingBudget(2, "</t>", "time is up</t>")))
+    ends = request("ends", 5, **stops(token_ids=tuple(range(0, 260, 17))))
+    calm = run(policy.engine(), [thinks, ends])
+    reference = samples(calm)
+    assert calm["ends"].rollouts[0].stop_reason is StopReason.STOP_TOKEN
+    assert calm["ends"].rollouts[0].completion_length_tokens > 5
+    engine = policy.engine(capacity=2)
+    engine.submit(thinks)
+    engine.submit(ends)
+    taken: list[int] = []
+
+    def take_all_pages_for_a_while() -> None:
+        if engine.steps == 1:
+            while engine._cache.free_pages:
+                taken.append(engine._cache._take_page())
+        elif engine.steps == 40:
+            while taken:
+                engine._cache._drop_page(taken.pop())
+
+    assert samples(run(engine, before_step=take_all_pages_for_a_while)) == reference
+    assert engine.times_set_aside > 0
     assert_empty(engine)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cispo.model.decoder import Decoder
+from cispo.model.routing import RoutingLog
 from cispo.rollout.request import Drawing, GroupRequest, Repetition, RequestError, Stops, ThinkingBudget
 from cispo.types import Prompt
 from tests.rollout.trials import LIMIT, Policy, assert_empty, request, run, samples
@@ -71,6 +72,17 @@ def test_refusals_leave_the_samples_of_others_as_they_are(policy: Policy) -> Non
         with pytest.raises(RequestError):
             engine.submit(request("wrong", **changes))
     assert samples(run(engine, OTHERS)) == reference
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_number_that_the_routing_log_does_not_have_is_refused(policy: Policy, number: int) -> None:
+    log = RoutingLog(policy.decoder.config, 2)
+    engine = policy.engine(routing_log=log)
+    with pytest.raises(RequestError, match=f"log_sequence is {number}.* has 2 sequences"):
+        engine.submit(request("wrong", log_sequence=number))
+    groups = run(engine, [request("right", 5, 2, log_sequence=1)])
+    read = 7 + sum(rollout.completion_length_tokens - 1 for rollout in groups["right"].rollouts)
+    assert log.routed_BL[:, 0].tolist() == [0, read]
 
 
 @pytest.mark.parametrize(
