@@ -23,9 +23,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cispo.errors import SandboxError
-from cispo.sandboxes.seccomp import seccomp_filter
 from cispo.sandboxes.bounds import resource_limits
-from cispo.sandboxes.session import SERVER_SOURCE, Session
+from cispo.sandboxes.seccomp import seccomp_filter
+from cispo.sandboxes.session import SERVER_SOURCE
 from cispo.sandboxes.slotted import SlottedSandbox, conclude
 from cispo.sandboxes.supervisor import OVERHEAD_PIDS, Ended, Job, Supervisor, read_reports
 from cispo.sandboxes.types import Capabilities, ExecResult, ExecStatus, Limits
@@ -69,9 +69,9 @@ class BubblewrapSandbox(SlottedSandbox):
     ) -> ExecResult:
         return _result(supervisor.run(self._job(supervisor, argv, stdin, files, limits)), limits)
 
-    def _open_session(self, supervisor: Supervisor, limits: Limits) -> Session:
-        job = self._job(supervisor, [self._python, "-S", "-s", "-c", SERVER_SOURCE], b"", {}, limits, is_session=True)
-        return self._start_session(supervisor, job)
+    def _session_job(self, supervisor: Supervisor, limits: Limits) -> Job:
+        argv = [self._python, "-S", "-s", "-c", SERVER_SOURCE]
+        return self._job(supervisor, argv, b"", {}, limits, is_session=True)
 
     def _job(
         self,

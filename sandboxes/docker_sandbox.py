@@ -26,6 +26,7 @@ from typing import Any, Self
 
 from cispo.errors import SandboxClosedError, SandboxError
 from cispo.sandboxes import docker_boot
+from cispo.sandboxes.bounds import check_files, signal_of
 from cispo.sandboxes.bubblewrap import ENVIRONMENT
 from cispo.sandboxes.docker_client import (
     DEFAULT_IMAGE,
@@ -36,7 +37,6 @@ from cispo.sandboxes.docker_client import (
     remove,
 )
 from cispo.sandboxes.docker_stream import AttachedChannel, Streams, exchange, raw_socket
-from cispo.sandboxes.bounds import check_files, signal_of
 from cispo.sandboxes.session import SERVER_SOURCE, Session
 from cispo.sandboxes.told import told_limit
 from cispo.sandboxes.types import DEFAULT_LIMITS, NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
@@ -143,27 +143,35 @@ class DockerSandbox:
         with daemon_errors():
             if self._is_closed:
                 raise SandboxClosedError("the sandbox is closed; open another")
-            container = self._take(limits, is_session=True)
-            try:
-                channel = AttachedChannel(container)
-                container.start()
-            except BaseException:
-                remove(container)
-                raise
+            session = self._start_session(self._take(limits, is_session=True), limits)
+        session.begin(files)
+        with self._lock:
+            is_late = self._is_closed
+            self._sessions |= set() if is_late else {session}
+        if is_late:
+            session.close()
+            raise SandboxClosedError("the sandbox is closed; open another")
+        return session
+
+    def _start_session(self, container: Any, limits: Limits) -> Session:
+        channel: AttachedChannel | None = None
+        try:
+            channel = AttachedChannel(container)
+            container.start()
+        except BaseException:
+            if channel is not None:
+                channel.close()
+            remove(container)
+            raise
 
         def end() -> None:
-            remove(container)
             with self._lock:
                 self._sessions.discard(session)
+            remove(container)
 
         session = Session(
             channel, limits, is_memory_bounded=True, was_out_of_memory=lambda: was_killed_for_memory(container), end=end
         )
-        session.begin()
-        with self._lock:
-            self._sessions.add(session)
-        if files:
-            session.run([], files=files)
         return session
 
     def _take(self, limits: Limits, *, is_session: bool = False) -> Any:
@@ -202,7 +210,8 @@ class DockerSandbox:
             return
         with self._lock:
             self._is_closed = True
-        for session in list(self._sessions):
+            sessions = list(self._sessions)
+        for session in sessions:
             session.close()
         for _ in range(self._workers):
             self._permits.acquire()

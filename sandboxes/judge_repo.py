@@ -59,9 +59,9 @@ def judge_repo(
     flags = ["dropped_files"] if dropped else []
     flags += ["weak_twins"] if any(edit.rank == TURNED_ROUND for edits in choices.values() for edit in edits) else []
     try:
-        runs = [_run(sandbox, tree, conftests | hidden_tests, must_pass, limits, pauses_s)]
+        runs = [_run(sandbox, tree, {**conftests, **hidden_tests}, must_pass, limits, pauses_s)]
         if any(map(runs[0].has_passed, must_pass)):
-            runs += [_run(sandbox, tree, conftests | tests, must_pass, limits, pauses_s) for tests, _ in plan]
+            runs += [_run(sandbox, tree, {**conftests, **tests}, must_pass, limits, pauses_s) for tests, _ in plan]
     except FailedAttemptsError as error:
         return unknown_verdict(error, len(must_pass))
     altered = [frozenset[str](), *(functions for _, functions in plan)]

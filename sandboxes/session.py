@@ -2,8 +2,8 @@
 
 The sandbox of a session is as closed as one of `run`; session_server.py is its first process and starts the commands.
 Between two commands nothing runs: what a command leaves behind is killed at its end. Files, and nothing else, stay. As
-the commands of one session can spoil its files for the next, a verdict is never computed in a policy's own session: hand
-what it made to a judge, which uses fresh ones.
+the commands of one session can spoil its files for the next, a verdict is never computed in a policy's own session:
+hand what it made to a judge, which uses fresh ones.
 """
 
 import json
@@ -93,10 +93,13 @@ class Session:
         self._lock = threading.Lock()
         self._is_closed = False
 
-    def begin(self) -> None:
-        """Wait until the sandbox is there; the session is closed when it does not come."""
+    def begin(self, files: Mapping[str, bytes]) -> None:
+        """Wait until the sandbox is there, and write files; the session is closed when that does not succeed."""
         try:
             self._read_header(time.monotonic() + START_TIMEOUT_S)
+            if files and (result := self.run([], files=files)).status is not ExecStatus.OK:
+                message = result.stderr.decode(errors="replace").strip()
+                raise SandboxError(f"a session's files could not be written ({result.status}: {message})")
         except BaseException:
             self.close()
             raise

@@ -4,10 +4,11 @@ A script like driver.py (standard library alone, Python 3.9 or later). It is pro
 from the commands, though they have its user id: they cannot kill it, and as it is not dumpable they can neither read
 its memory nor use its descriptors. It also makes an end of each command simple: what process 1 kills is all there is.
 
-A request on descriptor 0 is a line with a length, then marshalled (argv, files, stdin, limits). The reply on 1 is a line
-of JSON, which says how much of stdout and stderr follows it. Without argv a request only writes files.
+A request on descriptor 0 is a line with a length, then marshalled (argv, files, stdin, limits). The reply on 1 is one
+line of JSON, which says how much of stdout and stderr follows it. Without argv a request only writes files.
 """
 
+import contextlib
 import ctypes
 import json
 import marshal
@@ -202,10 +203,8 @@ def reap(wanted: int) -> "int | None":
 def end_all() -> None:
     """Kill and reap until nothing is left but this process."""
     while True:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:

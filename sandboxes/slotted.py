@@ -17,6 +17,7 @@ from cispo.sandboxes.supervisor import Ended, Job, Supervisor
 from cispo.sandboxes.told import told_limit
 from cispo.sandboxes.types import DEFAULT_LIMITS, NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
 
+
 class SlottedSandbox(ABC):
     """A sandbox with `workers` slots; `run` waits for a free one. A slot that fails is closed and later made anew."""
 
@@ -79,50 +80,63 @@ class SlottedSandbox(ABC):
             if self._is_closed:
                 raise SandboxClosedError("the sandbox is closed; open another")
             supervisor = self._resting.pop() if self._resting else None
-        supervisor = supervisor or Supervisor(self._next_index(), own_user=self._own_user)
         try:
-            session = self._open_session(supervisor, limits)
-        except OSError as error:
-            supervisor.close()
-            raise SandboxError(f"the machine refused what a sandbox needs: {error}") from error
+            supervisor = supervisor or Supervisor(self._next_index(), own_user=self._own_user)
+            session = self._start_session(supervisor, limits)
+        except BaseException as error:
+            if supervisor is not None:
+                supervisor.close()
+            if isinstance(error, OSError):
+                raise SandboxError(f"the machine refused what a sandbox needs: {error}") from error
+            raise
+        session.begin(files)
         with self._lock:
-            self._sessions.add(session)
-        if files:
-            session.run([], files=files)
+            is_late = self._is_closed
+            self._sessions |= set() if is_late else {session}
+        if is_late:
+            session.close()
+            raise SandboxClosedError("the sandbox is closed; open another")
         return session
 
-    def _open_session(self, supervisor: Supervisor, limits: Limits) -> Session:
+    def _session_job(self, supervisor: Supervisor, limits: Limits) -> Job:
+        """What starts session_server.py as the first process of a sandbox."""
         raise UnsupportedError("this backend has no sessions; use bubblewrap or docker")
 
-    def _start_session(self, supervisor: Supervisor, job: Job) -> Session:
-        """A session whose program, session_server.py, runs as `job`; gives the supervisor back at its end."""
+    def _start_session(self, supervisor: Supervisor, limits: Limits) -> Session:
+        job = self._session_job(supervisor, limits)
         ours, theirs = socket.socketpair()
-        with theirs:
-            watch = supervisor.start(job, theirs.fileno())
+        try:
+            with theirs:
+                watch = supervisor.start(job, theirs.fileno())
+        except BaseException:
+            ours.close()
+            raise
 
         def end() -> None:
-            try:
-                supervisor.stop()
-            except SandboxError:
-                supervisor.close()
-                raise
-            with self._lock:
-                self._sessions.discard(session)
-                is_kept = not self._is_closed and len(self._resting) < self._workers
-                if is_kept:
-                    self._resting.append(supervisor)
-            if not is_kept:
-                supervisor.close()
+            self._end_session(session, supervisor)
 
         session = Session(
             SocketChannel(ours),
-            job.limits,
+            limits,
             is_memory_bounded=supervisor.cgroup is not None and supervisor.cgroup.memory is not None,
             was_out_of_memory=watch.has_run_out_of_memory_since,
             end=end,
         )
-        session.begin()
         return session
+
+    def _end_session(self, session: Session, supervisor: Supervisor) -> None:
+        """Keep the slot for the next session, unless there are enough or something is wrong with it."""
+        is_kept = False
+        try:
+            supervisor.stop()
+            with self._lock:
+                is_kept = not self._is_closed and len(self._resting) < self._workers
+                self._resting += [supervisor] if is_kept else []
+        finally:
+            with self._lock:
+                self._sessions.discard(session)
+            if not is_kept:
+                supervisor.close()
 
     def _next_index(self) -> int:
         with self._lock:
@@ -138,10 +152,7 @@ class SlottedSandbox(ABC):
             sessions, resting = list(self._sessions), self._resting
         for session in sessions:
             session.close()
-        for supervisor in resting:
-            supervisor.close()
-        for _ in range(self._workers):
-            supervisor = self._idle.get()
+        for supervisor in [*resting, *(self._idle.get() for _ in range(self._workers))]:
             if supervisor is not None:
                 supervisor.close()
         self._idle.put(None)  # wakes a late caller, who then finds the sandbox closed

@@ -1,8 +1,9 @@
 """Hostile and honest programs of many kinds, through every judge on both backends, all at once.
 
-The programs are in battery/*.txt, each behind a line `### name | status | limit=value`: the statuses of the verdict that
-are right for it (with `/` between), and limits that differ. What is honest has no status, and must pass. Programs run
-beside each other, so that what one does to another shows, while the machine is watched. At the end nothing may be left.
+The programs are in battery/*.txt, each behind a line `### name | status | limit=value`: the statuses of the verdict
+that are right for it (with `/` between), and limits that differ. What is honest has no status, and must pass. Programs
+run beside each other, so that what one does to another shows, while the machine is watched. At the end nothing may be
+left.
 """
 
 import dataclasses
@@ -200,7 +201,8 @@ def slot_groups(sandbox: Any) -> list[Path]:
 def own_containers() -> list[str]:
     client = connect()
     try:
-        found = client.containers.list(all=True, filters={"label": f"{OWNER_LABEL}={owner_mark()}"}, ignore_removed=True)
+        label = f"{OWNER_LABEL}={owner_mark()}"
+        found = client.containers.list(all=True, filters={"label": label}, ignore_removed=True)
         return [container.id for container in found]
     finally:
         client.close()

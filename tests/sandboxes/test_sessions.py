@@ -109,3 +109,8 @@ def test_closing_the_sandbox_closes_its_sessions(request: pytest.FixtureRequest,
 def test_unsafe_local_has_none() -> None:
     with open_sandbox("unsafe-local", workers=1) as sandbox, pytest.raises(UnsupportedError, match="bubblewrap"):
         sandbox.session()
+
+
+def test_files_that_cannot_be_written_are_an_error(opened: Sandbox) -> None:
+    with pytest.raises(SandboxError, match="files could not be written"):
+        opened.session(files={"a": b"", "a/b": b""}, limits=LIMITS)
