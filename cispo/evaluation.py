@@ -1,5 +1,6 @@
 """Measuring a policy on prompts it is not trained on, and the gain between two measurements."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,10 @@ NAME = "heldout"
 """The evaluation's name in metrics: eval/heldout/..."""
 
 
+_NO_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
+"""What may not stand in the name of a metric."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """What one measurement found, prompt by prompt in their order."""
@@ -21,9 +26,16 @@ class Evaluation:
     outcomes: tuple[PromptOutcome, ...]
     first_error: str = ""
     """What the reward said where it failed first."""
+    parts: tuple[str, ...] = ()
+    """The value of `evaluation.by` of each prompt; empty without that setting."""
 
     def metrics(self) -> dict[str, float]:
-        return evaluation_metrics(NAME, self.outcomes)
+        """Over all prompts as eval/heldout/..., and as eval/heldout.PART/... over those of each part."""
+        metrics = evaluation_metrics(NAME, self.outcomes)
+        for part in dict.fromkeys(self.parts):
+            chosen = [outcome for outcome, its in zip(self.outcomes, self.parts, strict=True) if its == part]
+            metrics |= evaluation_metrics(f"{NAME}.{_NO_NAME.sub('_', part)}", chosen)
+        return metrics
 
     @property
     def scored_completions(self) -> int:
@@ -79,9 +91,11 @@ def evaluate(
     outcomes = {group.prompt.id: _outcome(group) for group in found.groups}
     unsampled = PromptOutcome((), (), (), (), errors=size)
     failed = (score.message for group in found.groups for score in group.scores if score.status is not ScoreStatus.OK)
+    parts = tuple(str(prompt.row[settings.by]) for prompt in prompts) if settings.by is not None else ()
     return Evaluation(
         tuple(outcomes.get(prompt.id, unsampled) for prompt in prompts),
         next(failed, next(iter(found.failed.values()), "")),
+        parts,
     )
 
 

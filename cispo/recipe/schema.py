@@ -100,6 +100,8 @@ class EvaluationSettings(Section):
     """Completions sampled for each prompt."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Divides the logits while sampling."""
+    by: str | None = Field(default=None, min_length=1)
+    """A column of the data, such as `part`; everything is also measured over the prompts of each of its values."""
 
 
 class CheckpointSettings(Section):
