@@ -85,7 +85,8 @@ def main() -> None:
     ray.init(address="local", num_cpus=options.workers, include_dashboard=False, log_to_driver=False)
     cases = [("bubblewrap", "function", 60.0), ("bubblewrap", "session", None)]
     cases += [] if options.no_docker else [("docker", "session", 20.0), ("docker", "fresh", None)]
-    print(f"{options.workers} actors on {os.cpu_count()} cores\n{'backend':12}{'what':12}{'a second':>10}{'wanted':>10}")
+    print(f"{options.workers} actors on {os.cpu_count()} cores")
+    print(f"{'backend':12}{'what':12}{'a second':>10}{'wanted':>10}")
     for backend, kind, wanted in cases:
         found = rate(backend, kind, options.workers, options.seconds)
         print(f"{backend:12}{kind:12}{found:10.1f}{'' if wanted is None else f'{wanted:.0f}':>10}", flush=True)
