@@ -152,6 +152,7 @@ def test_verdicts_are_right_and_nothing_is_left_whatever_is_killed(many_cores: N
         "seconds": round(time.monotonic() - started),
         "jobs": submitters.statuses.total(),
         "statuses": dict(submitters.statuses),
+        "wrong": submitters.wrong,
         "kills": dict(killer.kills),
         "pools": dict(zip(BACKENDS, counts, strict=True)),
         "longest_job_s": round(submitters.longest_s, 1),
