@@ -89,8 +89,10 @@ def reason_to_end(arrays: SlotArrays, completion: Sequence, token: int, eos_id: 
         return StopReason.EOS
     if token in stops.token_ids:
         return StopReason.STOP_TOKEN
-    if stops.strings and text_cut(completion.text, stops.strings, _from(stops.strings, before)) is not None:
-        return StopReason.STOP_STRING
+    if stops.strings:
+        completion.stopped_at = text_cut(completion.text, stops.strings, _from(stops.strings, before))
+        if completion.stopped_at is not None:
+            return StopReason.STOP_STRING
     if arrays.run_S[slot] >= arrays.run_limit_S[slot]:
         return StopReason.REPETITION
     if arrays.count_S[slot] >= arrays.limit_S[slot]:
@@ -118,13 +120,6 @@ def is_out_of_thinking(arrays: SlotArrays, completion: Sequence) -> bool:
     """Whether a completion has thought for all of its budget."""
     thinking = completion.group.request.stops.thinking
     return completion.is_thinking and thinking is not None and arrays.count_S[completion.slot] >= thinking.tokens
-
-
-def text_before_stop(text: str, completion: Sequence) -> str:
-    """The text up to the string that stopped it, which is the last thing in it."""
-    strings = completion.group.request.stops.strings
-    place = text_cut(text, strings, _from(strings, len(text) - max(map(len, strings))))
-    return text if place is None else text[:place]
 
 
 def keep_experts(expert_ids_STLK: ExpertIdArray, reading: Reading, start: int, ids_TLK: ExpertIdArray) -> None:

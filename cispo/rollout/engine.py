@@ -8,7 +8,7 @@ B sequences of a step.
 """
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -202,6 +202,16 @@ class Engine:
         turns, self._turns = self._turns, []
         return turns
 
+    def tokens_so_far(self) -> Iterator[tuple[GroupRequest, int, npt.NDArray[np.int32]]]:
+        """Request, index and tokens after the prompt of each completion that has a slot; read them before `step`."""
+        for slot, completion in self._room.in_slot.items():
+            yield completion.group.request, completion.index, self._arrays.ids_ST[slot, : self._arrays.count_S[slot]]
+
+    def rollouts_so_far(self) -> Iterator[tuple[GroupRequest, Rollout]]:
+        """Completions that have ended, of groups that have not."""
+        for group in self._groups.values():
+            yield from ((group.request, rollout) for rollout in group.rollouts.values())
+
     def extend(self, turn: OpenTurn, token_ids: Sequence[int]) -> bool:
         """Go on with a turn after these tokens, which are not the policy's and carry no loss.
 
@@ -365,7 +375,7 @@ class Engine:
             prompt_token_ids_T=np.asarray(group.prompt_ids, np.int32),
             turns=tokens.turns(),
             stop_reason=reason,
-            text=ends.text_before_stop(text, completion) if reason is StopReason.STOP_STRING else text,
+            text=text[: completion.stopped_at] if reason is StopReason.STOP_STRING else text,
             prompt_expert_ids_TLK=group.prompt_expert_ids_TLK,
         )
         self.stop_reasons[reason] += 1

@@ -56,7 +56,7 @@ class Sequence:
 
     ended_by: what ended the turn that is open. aside: its tokens while it has no slot; states: what the cache held of
     it then, on the host, after `read` tokens; None where all is to be read again. text: what its tokens have made so
-    far, where strings may stop it.
+    far, where strings may stop it; stopped_at: where in it the string begins that did.
     """
 
     number: int
@@ -71,6 +71,7 @@ class Sequence:
     is_thinking: bool = False
     text_decoder: TextDecoder | None = None
     text: str = ""
+    stopped_at: int | None = None
 
     @property
     def rank(self) -> tuple[int, int, int]:
