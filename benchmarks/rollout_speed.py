@@ -31,6 +31,7 @@ import torch
 import transformers
 from policies import HYBRID, write_minimax
 
+from cispo.actors import prepare_process
 from cispo.kernels.chunks import CHUNK_LENGTH
 from cispo.model.checkpoint import load_policy
 from cispo.model.config import LIGHTNING
@@ -136,8 +137,7 @@ def main() -> None:
     parser.add_argument("--their-rounds", type=int, default=1, help="0 leaves transformers out")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.use_deterministic_algorithms(True)
+    prepare_process(len(os.sched_getaffinity(0)))
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.policy or Path(scratch)

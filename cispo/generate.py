@@ -179,13 +179,9 @@ class Policy:
             raise GenerationError("this policy has no router; leave out expert_threshold and log_routing")
         drawing = Drawing(options.temperature, options.top_p, options.top_k, options.min_p)
         stops = options.stops
-        strange = [token for token in stops.token_ids if not 0 <= token < self.decoder.trained_ids]
-        if strange:
-            last = self.decoder.trained_ids - 1
-            raise GenerationError(f"stop holds {strange[0]}; the policy's token ids go from 0 to {last}")
         try:
             drawing.check(self.decoder.trained_ids)
-            stops.check(options.max_new_tokens)
+            stops.check(options.max_new_tokens, self.decoder.trained_ids)
         except RequestError as error:
             raise GenerationError(str(error)) from error
         return drawing, stops

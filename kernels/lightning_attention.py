@@ -225,10 +225,7 @@ def lightning_prefill(
         from cispo.kernels.gpu import lightning_forward
 
         qkv_NI = lightning_forward.silu_rows(qkv_NI)
-        out_NJ = lightning_forward.prefill(qkv_NI, slopes.slopes_H, grid, slot_B, *caches)
-        if copy_SHDD is not None:
-            copy_SHDD.index_copy_(0, slot_B, state_SHDD.index_select(0, slot_B).to(copy_SHDD.dtype))
-        return out_NJ
+        return lightning_forward.prefill(qkv_NI, slopes.slopes_H, grid, slot_B, *caches, copy_SHDD)
     _refuse_copy(copy_SHDD, qkv_NI)
     if _is_served(qkv_NI, slopes):
         return lightning_cpu.prefill(qkv_NI, slopes.table_HT, grid, slot_B, *caches)

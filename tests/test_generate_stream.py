@@ -96,7 +96,7 @@ def test_a_stop_token_ends_and_a_strange_one_is_refused(policy: Policy) -> None:
     stopped = policy.generate("a", max_new_tokens=30, stop=token)[0]
     assert stopped.token_ids == plain.token_ids[: plain.token_ids.index(token) + 1]
     assert stopped.stop_reason is StopReason.STOP_TOKEN
-    with pytest.raises(GenerationError, match="stop holds 260; the policy's token ids go from 0 to 259"):
+    with pytest.raises(GenerationError, match="stop token_ids holds 260; the policy's token ids go from 0 to 259"):
         policy.generate("a", stop=[260])
 
 

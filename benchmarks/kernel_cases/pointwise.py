@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cispo.kernels.gpu.experts import swiglu, swiglu_gradient
 from cispo.kernels.gpu.rotary import rotate, rotate_back
+from cispo.kernels.gpu.swiglu import swiglu, swiglu_gradient
 from cispo.kernels.softmax_attention import rotate as plain_rotate
 from cispo.model.mixers import rotary_table
 from kernel_cases import COPY_SHARE, Case, Machine

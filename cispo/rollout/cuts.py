@@ -28,7 +28,10 @@ class Cuts:
         masked = {
             group.order: group.request.drawing for group, is_masked in zip(groups, has_mask, strict=True) if is_masked
         }
-        self._masks = {order: self._masks.get(order, self._mask_V(drawing)) for order, drawing in masked.items()}
+        self._masks = {
+            order: self._masks[order] if order in self._masks else self._mask_V(drawing)
+            for order, drawing in masked.items()
+        }
         allowed_BV = None
         if masked:
             allowed_BV = torch.stack([self._masks.get(group.order, self._all_V) for group in groups])

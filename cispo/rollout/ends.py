@@ -48,7 +48,7 @@ def set_rules(arrays: SlotArrays, completion: Sequence) -> None:
     arrays.run_S[slot] = 0
     arrays.run_limit_S[slot] = _NEVER
     arrays.likely_S[slot] = 0.0
-    arrays.is_watched_S[slot] = bool(stops.strings or stops.token_ids or completion.is_thinking)
+    _watch(arrays, completion)
     if stops.repetition is not None:
         arrays.run_limit_S[slot] = stops.repetition.tokens
         arrays.likely_S[slot] = likely = math.log(stops.repetition.probability)
@@ -58,24 +58,22 @@ def set_rules(arrays: SlotArrays, completion: Sequence) -> None:
         arrays.run_S[slot] = count - (unlikely[-1] + 1 if unlikely.size else 0)
 
 
-def still_thinks(completion: Sequence, tokens: Tokens, tokenizer: Tokenizer) -> bool:
-    """Whether a completion that was begun elsewhere has neither ended its thinking nor been interrupted."""
-    thinking = completion.group.request.stops.thinking
+def follow(completion: Sequence, tokens: Tokens) -> None:
+    """Read the text of a completion that was begun elsewhere."""
+    given = np.flatnonzero(~tokens.is_sampled_T)
+    turn = int(given[-1]) + 1 if given.size else 0
     ids = tokens.ids_T.tolist()
-    read_given(completion, ids)
-    if thinking is None:
-        return False
-    end_id = completion.group.thinking_end_id
-    if end_id is not None and end_id in ids:
-        return False
-    was_interrupted = ids[thinking.tokens : thinking.tokens + 1] != [] and not bool(
-        tokens.is_sampled_T[thinking.tokens]
-    )
-    return not was_interrupted and thinking.end not in completion.text
+    read_given(completion, ids[:turn])
+    _read(completion, ids[turn:])
 
 
 def read_given(completion: Sequence, ids: list[int]) -> None:
-    """Follow the text of tokens that nobody asks to stop at."""
+    """Read the text of tokens that the policy did not sample: nothing in it ends anything."""
+    _read(completion, ids)
+    completion.turn_start = len(completion.text)
+
+
+def _read(completion: Sequence, ids: list[int]) -> None:
     if completion.text_decoder is not None:
         completion.text += "".join(map(completion.text_decoder.push, ids))
 
@@ -84,28 +82,36 @@ def reason_to_end(arrays: SlotArrays, completion: Sequence, token: int, eos_id: 
     """Why a completion ends with the token that it has just sampled, if it does. Follows its text."""
     slot, stops = completion.slot, completion.group.request.stops
     before = len(completion.text)
-    read_given(completion, [token])
+    _read(completion, [token])
     if token == eos_id:
         return StopReason.EOS
     if token in stops.token_ids:
         return StopReason.STOP_TOKEN
-    if stops.strings:
-        completion.stopped_at = text_cut(completion.text, stops.strings, _from(stops.strings, before))
-        if completion.stopped_at is not None:
-            return StopReason.STOP_STRING
+    if stops.strings and text_cut(completion.text, stops.strings, _from(completion, stops.strings, before)) is not None:
+        return StopReason.STOP_STRING
     if arrays.run_S[slot] >= arrays.run_limit_S[slot]:
         return StopReason.REPETITION
     if arrays.count_S[slot] >= arrays.limit_S[slot]:
         return StopReason.LENGTH
     if completion.is_thinking and _ends_thinking(completion, token, before):
-        completion.is_thinking = False
-        arrays.is_watched_S[slot] = bool(stops.strings or stops.token_ids)
+        end_thinking(arrays, completion)
     return None
 
 
-def _from(strings: tuple[str, ...], before: int) -> int:
-    """Where to look on in a text whose first `before` characters hold none of the strings."""
-    return max(0, before - max(map(len, strings)) + 1)
+def end_thinking(arrays: SlotArrays, completion: Sequence) -> None:
+    """Note that a completion no longer spends its thinking budget."""
+    completion.is_thinking = False
+    _watch(arrays, completion)
+
+
+def _watch(arrays: SlotArrays, completion: Sequence) -> None:
+    stops = completion.group.request.stops
+    arrays.is_watched_S[completion.slot] = bool(stops.strings or stops.token_ids or completion.is_thinking)
+
+
+def _from(completion: Sequence, strings: tuple[str, ...], before: int) -> int:
+    """Where to look on in a turn of which the text's first `before` characters hold none of the strings."""
+    return max(completion.turn_start, before - max(map(len, strings)) + 1)
 
 
 def _ends_thinking(completion: Sequence, token: int, before: int) -> bool:
@@ -113,13 +119,18 @@ def _ends_thinking(completion: Sequence, token: int, before: int) -> bool:
     assert thinking is not None
     if end_id is not None:
         return token == end_id
-    return thinking.end in completion.text[_from((thinking.end,), before) :]
+    return thinking.end in completion.text[_from(completion, (thinking.end,), before) :]
 
 
 def is_out_of_thinking(arrays: SlotArrays, completion: Sequence) -> bool:
     """Whether a completion has thought for all of its budget."""
     thinking = completion.group.request.stops.thinking
     return completion.is_thinking and thinking is not None and arrays.count_S[completion.slot] >= thinking.tokens
+
+
+def text_before_stop(completion: Sequence) -> str:
+    """Its text up to the first string of its last turn that stops it."""
+    return completion.text[: text_cut(completion.text, completion.group.request.stops.strings, completion.turn_start)]
 
 
 def keep_experts(expert_ids_STLK: ExpertIdArray, reading: Reading, start: int, ids_TLK: ExpertIdArray) -> None:

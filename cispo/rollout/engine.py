@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cispo.kernels.chunks import CHUNK_LENGTH
 from cispo.model.cache import Slots
 from cispo.model.decoder import Decoder
 from cispo.model.routing import ExpertRecord, RoutingLog
@@ -24,13 +25,14 @@ from cispo.model.tokenizer import Tokenizer
 from cispo.rollout import ends
 from cispo.rollout.checks import Checks
 from cispo.rollout.decode_step import Ids, Logprobs
+from cispo.rollout.groups import Groups
 from cispo.rollout.request import GroupRequest, RequestError
 from cispo.rollout.room import Room
 from cispo.rollout.runner import Runner, UnderWay
 from cispo.rollout.sampling import noise_key
-from cispo.rollout.sequence import GroupState, OpenTurn, ParkedGroup, RequestFailure, Stage
+from cispo.rollout.sequence import OpenTurn, ParkedGroup, RequestFailure, Stage
 from cispo.rollout.sequence import Sequence as Completion
-from cispo.rollout.slots import SlotArrays, Tokens
+from cispo.rollout.slots import SlotArrays
 from cispo.types import Group, Rollout, StopReason
 
 
@@ -67,8 +69,8 @@ class Engine:
         self.decoder, self.tokenizer, self.settings = decoder, tokenizer, settings
         self.policy_version = 0
         self.completion_tokens = self.steps = self.interruptions = 0
-        self.stop_reasons: Counter[StopReason] = Counter()
         limit = settings.max_completion_tokens
+        self._refuse_sizes(max_concurrent_completions, max_prompt_tokens, limit, max_prefill_tokens)
         self._cache = decoder.new_cache(
             capacity=max_concurrent_completions, max_tokens=max_prompt_tokens + limit, pages=cache_pages
         )
@@ -76,6 +78,7 @@ class Engine:
         experts = record.room(max_concurrent_completions, limit).numpy() if record else None
         self._arrays = SlotArrays(max_concurrent_completions, limit, experts)
         self._room = Room(self._cache, self._arrays)
+        self._groups = Groups(tokenizer, self._arrays, self._room)
         self._runner = Runner(
             decoder,
             self._cache,
@@ -92,55 +95,44 @@ class Engine:
             max_prompt_tokens=max_prompt_tokens,
             max_completion_tokens=limit,
             records_experts=records_experts,
+            routing_log=routing_log,
         )
         self._runs_ahead = decoder.head_weight.is_cuda
         self._under_way: deque[tuple[UnderWay, int]] = deque()
-        self._groups: dict[int, GroupState] = {}
-        self._open: dict[int, Completion] = {}
-        self._turns: list[OpenTurn] = []
-        self._finished: list[Group] = []
-        self._failures: list[RequestFailure] = []
-        self._submitted = self._numbered = 0
+        self._submitted = 0
+
+    @staticmethod
+    def _refuse_sizes(completions: int, prompt_tokens: int, completion_tokens: int, prefill_tokens: int) -> None:
+        """ValueError for sizes with which no request could ever be sampled."""
+        sizes = (
+            ("max_concurrent_completions", completions, 1),
+            ("max_prompt_tokens", prompt_tokens, 1),
+            ("max_completion_tokens", completion_tokens, 1),
+            ("max_prefill_tokens", prefill_tokens, CHUNK_LENGTH),
+        )
+        for name, value, least in sizes:
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
 
     def submit(self, request: GroupRequest) -> None:
         """Queue a group. RequestError when it can never be sampled; nothing else is touched then."""
-        self._queue(self._new_group(request))
-
-    def resume(self, parked: ParkedGroup) -> None:
-        """Queue a group that was taken out of an engine; its unfinished completions go on from their last token."""
-        group = self._new_group(parked.request)
-        group.rollouts = dict(parked.rollouts)
-        if not parked.rollouts and not any(map(len, parked.tokens.values())):
-            self._queue(group)
-            return
-        self._groups[group.order] = group
-        missing = sorted(set(range(parked.request.group_size)) - set(parked.rollouts))
-        for index in missing:
-            completion = self._new_completion(group, index, Stage.ASIDE)
-            completion.aside = parked.tokens.get(index, Tokens.none())
-            completion.is_thinking = ends.still_thinks(completion, completion.aside, self.tokenizer)
-            self._room.aside.append(completion)
-
-    def _new_group(self, request: GroupRequest) -> GroupState:
         group = self._checks.group(request, self._submitted)
         self._submitted += 1
-        return group
-
-    def _queue(self, group: GroupState) -> None:
-        for index in range(group.request.group_size):
-            self._new_completion(group, index, Stage.READING)
-        self._groups[group.order] = group
+        self._groups.add(group)
         self._room.queue(group)
 
-    def _new_completion(self, group: GroupState, index: int, stage: Stage) -> Completion:
-        self._numbered += 1
-        completion = Completion(
-            self._numbered, group, index, stage, is_thinking=group.request.stops.thinking is not None
-        )
-        if ends.reads_text(group):
-            completion.text_decoder = self.tokenizer.text_decoder()
-        group.sequences.append(completion)
-        return completion
+    def resume(self, parked: ParkedGroup) -> None:
+        """Queue a group that was taken out of an engine; its unfinished completions go on from their last token.
+
+        Turns that were open are open again, and in `collect_turns`. RequestError as for `submit`.
+        """
+        if not parked.has_begun:
+            self.submit(parked.request)
+            return
+        group = self._checks.parked(parked, self._submitted)
+        self._submitted += 1
+        self._groups.add(group)
+        self._groups.put_back(group, parked)
 
     @property
     def is_idle(self) -> bool:
@@ -162,7 +154,12 @@ class Engine:
 
     @property
     def open_turns(self) -> int:
-        return len(self._open)
+        return self._groups.open_turns
+
+    @property
+    def stop_reasons(self) -> Counter[StopReason]:
+        """How many completions have ended, by reason."""
+        return self._groups.stop_reasons
 
     @property
     def times_set_aside(self) -> int:
@@ -189,17 +186,17 @@ class Engine:
 
     def collect(self) -> list[Group]:
         """Groups that have ended since the last call, each with its rollouts in order of completion index."""
-        finished, self._finished = self._finished, []
+        finished, self._groups.finished = self._groups.finished, []
         return finished
 
     def collect_failures(self) -> list[RequestFailure]:
         """Groups that failed since the last call."""
-        failures, self._failures = self._failures, []
+        failures, self._groups.failures = self._groups.failures, []
         return failures
 
     def collect_turns(self) -> list[OpenTurn]:
         """Turns of open requests that have ended since the last call and wait to be extended or closed."""
-        turns, self._turns = self._turns, []
+        turns, self._groups.turns = self._groups.turns, []
         return turns
 
     def tokens_so_far(self) -> Iterator[tuple[GroupRequest, int, npt.NDArray[np.int32]]]:
@@ -209,7 +206,7 @@ class Engine:
 
     def rollouts_so_far(self) -> Iterator[tuple[GroupRequest, Rollout]]:
         """Completions that have ended, of groups that have not."""
-        for group in self._groups.values():
+        for group in self._groups.in_order():
             yield from ((group.request, rollout) for rollout in group.rollouts.values())
 
     def extend(self, turn: OpenTurn, token_ids: Sequence[int]) -> bool:
@@ -221,52 +218,28 @@ class Engine:
         ids = [int(token) for token in token_ids]
         if not ids:
             raise RequestError("a turn can only be extended by tokens; close it to end the completion")
-        self._checks.refuse_strange(ids)
-        completion = self._opened(turn)
-        del self._open[turn.number]
-        given, aside = ids, completion.aside
-        count = len(aside) if aside is not None else int(self._arrays.count_S[completion.slot])
-        if count + len(given) >= self._limit(completion):
-            self._end(completion, StopReason.LENGTH)
+        self._checks.given_ids("the extension of a turn", ids)
+        completion = self._groups.take_opened(turn)
+        if not self._put_in(completion, ids):
+            self._groups.end(completion, StopReason.LENGTH)
             return False
         completion.ended_by = None
-        if aside is not None:
-            completion.aside = aside.with_given(given)
-            ends.read_given(completion, given)
-            completion.stage = Stage.ASIDE
-            self._room.aside.append(completion)
-        else:
-            self._put_in(completion, given)
         return True
 
     def close_turn(self, turn: OpenTurn) -> None:
         """End a completion with the turn that ended; its stop reason is what ended that."""
-        completion = self._opened(turn)
-        del self._open[turn.number]
+        completion = self._groups.take_opened(turn)
         assert completion.ended_by is not None
-        self._end(completion, completion.ended_by)
-
-    def _opened(self, turn: OpenTurn) -> Completion:
-        if turn.number not in self._open:
-            raise RequestError(f"completion {turn.completion_index} of prompt {turn.prompt_id} has no open turn")
-        return self._open[turn.number]
+        self._groups.end(completion, completion.ended_by)
 
     @torch.inference_mode()
     def park(self) -> list[ParkedGroup]:
-        """Take all unfinished groups out, in order of rank; `resume` goes on with them, here or elsewhere."""
+        """Take all unfinished groups out, in order of rank; `resume` goes on with them, here or elsewhere.
+
+        What ends with the tokens that are under way is in `collect` and `collect_failures` after it.
+        """
         self._settle()
-        groups = sorted(self._groups.values(), key=lambda group: group.rank)
-        self._room.take_waiting()
-        parked = []
-        for group in groups:
-            tokens = {
-                one.index: one.aside if one.aside is not None else self._arrays.tokens(one.slot)
-                for one in group.sequences
-                if one.index not in group.rollouts and (one.aside is not None or one.slot >= 0)
-            }
-            parked.append(ParkedGroup(group.request, dict(group.rollouts), tokens))
-            self._drop(group)
-        return parked
+        return [self._groups.park(group) for group in self._groups.in_order()]
 
     @torch.inference_mode()
     def update_weights(
@@ -279,6 +252,9 @@ class Engine:
         parameters = dict(self.decoder.named_parameters())
         if set(parameters) != set(tensors):
             raise ValueError(f"weights of version {version} name other parameters: {set(parameters) ^ set(tensors)}")
+        strange = [name for name, parameter in parameters.items() if parameter.shape != tensors[name].shape]
+        if strange:
+            raise ValueError(f"weights of version {version} have other shapes: {', '.join(strange)}; none was taken")
         if caches == "recompute":
             self._settle()
             self._forget_states()
@@ -295,7 +271,9 @@ class Engine:
                 self._cache.release(slot)
             elif slot not in waiting_for:
                 self._room.set_aside(completion, keeps_states=False)
-        for group in self._groups.values():
+        for group in self._groups.in_order():
+            # Rollouts that have ended keep the experts that they were sampled with.
+            group.prompt_expert_ids_TLK = None
             for completion in group.sequences:
                 completion.states, completion.read = None, 0
 
@@ -330,15 +308,18 @@ class Engine:
             if completion is None or completion.stage is not Stage.DECODING:
                 continue
             if not np.isfinite(logprob_B[at]):
-                self._fail(completion.group, "the policy's logits are not finite numbers; its weights are damaged")
+                message = "the policy's logits are not finite numbers; its weights are damaged"
+                self._groups.fail(completion.group, message)
                 continue
             reason = ends.reason_to_end(self._arrays, completion, int(ids_B[at]), self.tokenizer.eos_id)
-            if reason is not None:
-                self._end_turn(completion, reason)
-            elif ends.is_out_of_thinking(self._arrays, completion):
-                self.interruptions += 1
-                completion.is_thinking = False
-                self._put_in(completion, completion.group.forced_ids)
+            if reason is None and ends.is_out_of_thinking(self._arrays, completion):
+                reason = self._interrupt(completion)
+            if reason is None:
+                continue
+            if completion.group.request.is_open and reason in ends.ENDS_OF_TURN:
+                self._groups.open_turn(completion, reason)
+            else:
+                self._groups.end(completion, reason)
 
     def _remarkable(self, slots: Slots, ids_B: Ids, logprob_B: Logprobs) -> npt.NDArray[np.int64]:
         """Which of these tokens may end or change anything."""
@@ -347,54 +328,25 @@ class Engine:
         is_last |= (arrays.run_S[slots] >= arrays.run_limit_S[slots]) | arrays.is_watched_S[slots]
         return np.flatnonzero(is_last | ~np.isfinite(logprob_B))
 
-    def _put_in(self, completion: Completion, ids: list[int]) -> None:
-        """Go on after tokens that the policy did not sample."""
-        self._arrays.append_given(completion.slot, ids)
+    def _interrupt(self, completion: Completion) -> StopReason | None:
+        """Put in what ends the thinking of a completion; where that leaves no room for an answer, why it ends."""
+        # Before it may lose its slot.
+        ends.end_thinking(self._arrays, completion)
+        if not self._put_in(completion, completion.group.forced_ids):
+            return StopReason.LENGTH
+        self.interruptions += 1
+        return None
+
+    def _put_in(self, completion: Completion, ids: list[int]) -> bool:
+        """Go on after tokens that the policy did not sample; False where they leave no room for another of its own."""
+        if self._groups.count(completion) + len(ids) >= self._limit(completion):
+            return False
         ends.read_given(completion, ids)
-        self._room.read_on(completion)
-
-    def _end_turn(self, completion: Completion, reason: StopReason) -> None:
-        if not (completion.group.request.is_open and reason in ends.ENDS_OF_TURN):
-            self._end(completion, reason)
-            return
-        completion.stage, completion.ended_by = Stage.OPEN, reason
-        self._arrays.epoch_S[completion.slot] += 1
-        self._arrays.launched_S[completion.slot] = self._arrays.count_S[completion.slot]
-        self._open[completion.number] = completion
-        request, turn = completion.group.request, self._arrays.tokens(completion.slot).turns()[-1]
-        ids = tuple(turn.token_ids_T.tolist())
-        text = self.tokenizer.decode(ids)
-        self._turns.append(OpenTurn(completion.number, request.prompt.id, request.stream, completion.index, ids, text))
-
-    def _end(self, completion: Completion, reason: StopReason) -> None:
-        tokens = completion.aside if completion.aside is not None else self._arrays.tokens(completion.slot)
-        group, text = completion.group, self.tokenizer.decode(tokens.ids_T.tolist())
-        group.rollouts[completion.index] = Rollout(
-            prompt_id=group.request.prompt.id,
-            completion_index=completion.index,
-            prompt_token_ids_T=np.asarray(group.prompt_ids, np.int32),
-            turns=tokens.turns(),
-            stop_reason=reason,
-            text=text[: completion.stopped_at] if reason is StopReason.STOP_STRING else text,
-            prompt_expert_ids_TLK=group.prompt_expert_ids_TLK,
-        )
-        self.stop_reasons[reason] += 1
-        self._room.vacate(completion)
-        completion.stage, completion.aside, completion.states = Stage.ENDED, None, None
-        if len(group.rollouts) == group.request.group_size:
-            in_order = tuple(group.rollouts[index] for index in range(group.request.group_size))
-            self._finished.append(Group(group.request.prompt, in_order))
-            del self._groups[group.order]
-
-    def _fail(self, group: GroupState, message: str) -> None:
-        request = group.request
-        self._failures.append(
-            RequestFailure(request.prompt.id, request.stream, f"prompt {request.prompt.id}: {message}")
-        )
-        self._drop(group)
-
-    def _drop(self, group: GroupState) -> None:
-        self._room.forget(group)
-        for completion in group.sequences:
-            self._open.pop(completion.number, None)
-        self._groups.pop(group.order, None)
+        if completion.aside is not None:
+            completion.aside = completion.aside.with_given(ids)
+            completion.stage = Stage.ASIDE
+            self._room.queue(completion)
+        else:
+            self._arrays.append_given(completion.slot, ids)
+            self._room.read_on(completion)
+        return True

@@ -12,6 +12,13 @@ class RequestError(CispoError, ValueError):
     """A request that can never be served; says what of it, and what to ask instead. Nothing else is touched."""
 
 
+def refuse_strange(name: str, ids: Sequence[int], vocabulary: int) -> None:
+    """RequestError for an id that the policy does not have."""
+    strange = [token for token in ids if not 0 <= token < vocabulary]
+    if strange:
+        raise RequestError(f"{name} holds {strange[0]}; the policy's token ids go from 0 to {vocabulary - 1}")
+
+
 @dataclass(frozen=True, slots=True)
 class Drawing:
     """How each token is drawn.
@@ -32,10 +39,15 @@ class Drawing:
     def has_cut(self) -> bool:
         return self != Drawing(temperature=self.temperature)
 
+    @property
+    def _is_temperature_right(self) -> bool:
+        """Logits divided by less than this may be infinite in float32."""
+        return self.temperature == 0 or 1e-4 <= self.temperature < math.inf
+
     def check(self, vocabulary: int) -> None:
         """RequestError for what has no meaning with so many tokens."""
         ranges = (
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0 (0 is greedy)"),
+            ("temperature", self.temperature, self._is_temperature_right, "0 (greedy) or at least 0.0001"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (1 is off)"),
             ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 is off)"),
             ("min_p", self.min_p, 0 <= self.min_p < 1, "in [0, 1) (0 is off)"),
@@ -43,10 +55,8 @@ class Drawing:
         for name, value, is_right, wanted in ranges:
             if not is_right:
                 raise RequestError(f"{name} is {value:g}; it must be {wanted}")
-        for name, ids in (("allowed_ids", self.allowed_ids or ()), ("banned_ids", self.banned_ids)):
-            strange = [token for token in ids if not 0 <= token < vocabulary]
-            if strange:
-                raise RequestError(f"{name} holds {strange[0]}; the policy's token ids go from 0 to {vocabulary - 1}")
+        refuse_strange("allowed_ids", self.allowed_ids or (), vocabulary)
+        refuse_strange("banned_ids", self.banned_ids, vocabulary)
         banned = set(self.banned_ids)
         if len(banned) == vocabulary or (self.allowed_ids is not None and not set(self.allowed_ids) - banned):
             raise RequestError("allowed_ids and banned_ids leave no token; allow at least one")
@@ -88,7 +98,7 @@ class Stops:
     thinking: ThinkingBudget | None = None
     repetition: Repetition | None = None
 
-    def check(self, limit: int) -> None:
+    def check(self, limit: int, vocabulary: int) -> None:
         """RequestError for stops that can never come, or come at once; limit: tokens that the engine has room for."""
         tokens = limit if self.max_new_tokens is None else self.max_new_tokens
         if not 1 <= tokens <= limit:
@@ -97,8 +107,11 @@ class Stops:
             )
         if "" in self.strings:
             raise RequestError("stop holds an empty string, which every text contains; leave it out")
+        refuse_strange("stop token_ids", self.token_ids, vocabulary)
         if self.thinking is not None and self.thinking.tokens < 1:
             raise RequestError(f"thinking_budget is {self.thinking.tokens}; it must be at least 1")
+        if self.thinking is not None and not (self.thinking.end and self.thinking.interruption):
+            raise RequestError("the end and the interruption of a thinking_budget must be texts that are not empty")
         if self.repetition is not None and not (self.repetition.tokens >= 1 and 0 < self.repetition.probability < 1):
             raise RequestError(f"{self.repetition}: tokens must be at least 1 and the probability between 0 and 1")
 

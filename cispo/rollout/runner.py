@@ -138,7 +138,8 @@ class Runner:
 
     def _sample_first(self, readings: list[Reading], last_RD: Tensor) -> UnderWay:
         """Fork what was read to the sequences that go on from it, and sample a token of each."""
-        self._room.readings = [one for one in self._room.readings if one not in readings]
+        done = set(map(id, readings))
+        self._room.readings = [one for one in self._room.readings if id(one) not in done]
         self._cache.fork_all((one.slot, [fork.slot for fork in one.sequences[1:]]) for one in readings)
         completions = [completion for reading in readings for completion in reading.sequences]
         for completion in completions:

@@ -29,10 +29,7 @@ class Stage(Enum):
 
 @dataclass(slots=True, eq=False)
 class GroupState:
-    """A group under way; `order` is its place in the queue. rollouts: completions that have ended, by index.
-
-    partial: tokens of completions that were begun elsewhere, by index.
-    """
+    """A group under way; `order` is its place in the queue. rollouts: completions that have ended, by index."""
 
     request: GroupRequest
     prompt_ids: list[int]
@@ -40,7 +37,6 @@ class GroupState:
     forced_ids: list[int] = field(default_factory=list)
     thinking_end_id: int | None = None
     rollouts: dict[int, Rollout] = field(default_factory=dict)
-    partial: dict[int, Tokens] = field(default_factory=dict)
     sequences: list["Sequence"] = field(default_factory=list)
     prompt_expert_ids_TLK: ExpertIdArray | None = None
 
@@ -56,10 +52,9 @@ class Sequence:
 
     ended_by: what ended the turn that is open. aside: its tokens while it has no slot; states: what the cache held of
     it then, on the host, after `read` tokens; None where all is to be read again. text: what its tokens have made so
-    far, where strings may stop it; stopped_at: where in it the string begins that did.
+    far, where strings may stop it; turn_start: from which character on that is the policy's present turn.
     """
 
-    number: int
     group: GroupState
     index: int
     stage: Stage
@@ -71,7 +66,7 @@ class Sequence:
     is_thinking: bool = False
     text_decoder: TextDecoder | None = None
     text: str = ""
-    stopped_at: int | None = None
+    turn_start: int = 0
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -96,9 +91,12 @@ class Reading:
         return new + (forks if end % PAGE_LENGTH else 0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class OpenTurn:
-    """A turn that has ended, for `Engine.extend` or `close_turn`. token_ids: of the turn, with what ended it."""
+    """A turn that has ended, for `Engine.extend` or `close_turn`. token_ids: of the turn, with what ended it.
+
+    number: of the turn, in its engine.
+    """
 
     number: int
     prompt_id: str
@@ -118,16 +116,30 @@ class RequestFailure:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ParkedGroup:
-    """A group taken out of an engine before its end, for the same or another engine to go on with.
+class ParkedCompletion:
+    """Where a completion was when its group was parked. ended_by: what ended its turn, if that is open."""
 
-    rollouts: completions that had ended, by index; tokens: those of the others so far. Tokens carry the versions of
-    the policies that sampled them.
+    tokens: Tokens
+    is_thinking: bool
+    ended_by: StopReason | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ParkedGroup:
+    """A group taken out of an engine before its end, for the same or another engine to go on with; can be pickled.
+
+    rollouts: completions that had ended, by index; completions: the others. Tokens carry the versions of the policies
+    that sampled them.
     """
 
     request: GroupRequest
     rollouts: dict[int, Rollout]
-    tokens: dict[int, Tokens]
+    completions: dict[int, ParkedCompletion]
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether any token of it was sampled."""
+        return bool(self.rollouts) or any(len(one.tokens) for one in self.completions.values())
 
 
 def text_cut(text: str, strings: tuple[str, ...], searched_from: int) -> int | None:

@@ -125,6 +125,11 @@ class SlotArrays:
         self.count_S[slots] = at + 1
         self.run_S[slots] = np.where(logprob_B > self.likely_S[slots], self.run_S[slots] + 1, 0)
 
+    def stop_launching(self, slot: int) -> None:
+        """Want nothing more of what is still under way for a slot."""
+        self.launched_S[slot] = self.count_S[slot]
+        self.epoch_S[slot] += 1
+
     def append_given(self, slot: int, ids: list[int]) -> None:
         """Tokens that the policy did not sample; what was still under way for the slot is no longer wanted."""
         count = int(self.count_S[slot])
@@ -133,6 +138,6 @@ class SlotArrays:
         self.is_sampled_ST[slot, given] = False
         self.logprobs_ST[slot, given] = 0.0
         self.versions_ST[slot, given] = 0
-        self.count_S[slot] = self.launched_S[slot] = given.stop
+        self.count_S[slot] = given.stop
         self.run_S[slot] = 0
-        self.epoch_S[slot] += 1
+        self.stop_launching(slot)

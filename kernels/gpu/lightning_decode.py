@@ -37,9 +37,9 @@ _FLUSH_PARTS = tl.constexpr(FLUSH_PARTS)
 def decode_kernel(
     qkv_BI, out_BJ, slopes_H, slot_B, row_B, state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD,
     qkv_row, heads,
-    D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_COPY: tl.constexpr,
+    D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_COPY: tl.constexpr, IS_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """copy_SHDD: a descriptor of its rows of D, whose tiles come without registers of their own."""
+    """copy_SHDD: with IS_DESCRIBED a descriptor of its rows of D, whose tiles come without registers of their own."""
     program = tl.program_id(0)
     BLOCKS: tl.constexpr = D // BLOCK_V
     block = program % BLOCKS
@@ -53,8 +53,10 @@ def decode_kernel(
     state_tile = dim[:, None] * D + column[None, :]
     k_tile = dim[:, None] * _CHUNK + row[None, :]
     v_tile = row[:, None] * D + column[None, :]
-    if HAS_COPY:
+    if IS_DESCRIBED:
         state = copy_SHDD.load([(place * D).to(tl.int32), block * BLOCK_V])
+    elif HAS_COPY:
+        state = tl.load(copy_SHDD + place * D * D + state_tile)
     else:
         state = tl.load(state_SHDD + place * D * D + state_tile)
     # Whole groups of 16 rows, so that loads stay wide; what is not written is discarded after.
@@ -116,11 +118,13 @@ def _build(name: str, kernel: Any, dim: int, has_copy: bool) -> Build:
 
 def _decode_build(dim: int, has_copy: bool) -> Build:
     build = _build("lightning_decode", decode_kernel, dim, has_copy)
-    if not has_copy:
+    is_described = has_copy and dim == 128
+    build = replace(build, constants={**build.constants, "IS_DESCRIBED": is_described})
+    if not is_described:
         return build
     types = {**build.types, "copy_SHDD": f"tensordesc<bf16[{dim}, {_BLOCK_V}]>"}
     # A step waits for memory: with 128 registers four programs lie on a processor, with more only three.
-    return replace(build, types=types, max_registers=128 if dim == 128 else None)
+    return replace(build, types=types, max_registers=128)
 
 
 _BLOCK_V = 64
@@ -155,7 +159,8 @@ def decode(
     step, flush = (builds[dim, copy_SHDD is not None] for builds in (_DECODE, _FLUSH))
     out_BJ = qkv_BI.new_empty(batch, heads * dim)
     programs = (batch * heads * (dim // step.constants["BLOCK_V"]),)
-    copy, described = ((), ()) if copy_SHDD is None else ((copy_SHDD,), (_rows_of(copy_SHDD),))
+    copy = () if copy_SHDD is None else (copy_SHDD,)
+    described = tuple(map(_rows_of, copy)) if step.constants["IS_DESCRIBED"] else copy
     recent = (k_recent_SHDC, v_recent_SHCD)
     operands = (qkv_BI, out_BJ, slopes_H, slot_B, row_B, state_SHDD, *described, *recent)
     launch(step, programs, *operands, qkv_BI.stride(0), heads)

@@ -70,9 +70,9 @@ def chunk_state(state, k_transposed, v, key_decay, chunk_decay):
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, slopes_H, cu_seqlens, order_B, start_B, slot_B, state_SHDD,
+    q, k, v, out, slopes_H, cu_seqlens, order_B, start_B, slot_B, state_SHDD, copy_SHDD,
     qkv_row, qkv_head, heads,
-    D: tl.constexpr, BLOCK_V: tl.constexpr, IS_CACHED: tl.constexpr,
+    D: tl.constexpr, BLOCK_V: tl.constexpr, IS_CACHED: tl.constexpr, HAS_COPY: tl.constexpr,
 ):  # fmt: skip
     """q, k and v have one row stride and one head stride. order_B: longest first, so that no long one starts last."""
     program = tl.program_id(0)
@@ -94,8 +94,8 @@ def forward_kernel(
         rows += cached_rows
         first = (cached_rows > 0).to(tl.int32) * _CHUNK
         place = tl.load(slot_B + sequence) * heads + head
-        state_at = state_SHDD + place * D * D + dim[:, None] * D + column[None, :]
-        state = tl.where(start + first >= _CHUNK, tl.load(state_at), 0.0)
+        state_tile = place * D * D + dim[:, None] * D + column[None, :]
+        state = tl.where(start + first >= _CHUNK, tl.load(state_SHDD + state_tile), 0.0)
     begin += first
     rows = tl.maximum(rows - first, 0)
     qkv_at = begin.to(tl.int64) * qkv_row + head * qkv_head
@@ -119,7 +119,9 @@ def forward_kernel(
             state_weight = tl.where(is_full, chunk_decay, 1.0)
         state = chunk_state(state, k_transposed, v_chunk, key_weight, state_weight)
     if IS_CACHED:
-        tl.store(state_at, state)
+        tl.store(state_SHDD + state_tile, state)
+        if HAS_COPY:
+            tl.store(copy_SHDD + state_tile, state.to(copy_SHDD.dtype.element_ty))
 
 
 @triton.jit
@@ -195,13 +197,13 @@ def silu_kernel(x, out, x_row, columns, BLOCK: tl.constexpr):
 
 
 POINTERS = {
-    **dict.fromkeys(("q", "k", "v", "x", "out", "k_recent_SHDC", "v_recent_SHCD"), "*bf16"),
+    **dict.fromkeys(("q", "k", "v", "x", "out", "copy_SHDD", "k_recent_SHDC", "v_recent_SHCD"), "*bf16"),
     **dict.fromkeys(("slopes_H", "state_SHDD"), "*fp32"),
     **dict.fromkeys(("cu_seqlens", "order_B", "start_B"), "*i32"),
     "slot_B": "*i64",
 }
 SIZES = dict.fromkeys(("qkv_row", "qkv_head", "heads", "x_row", "columns"), "i32")
-_CACHE_ARGUMENTS = ("start_B", "slot_B", "state_SHDD")
+_CACHE_ARGUMENTS = ("start_B", "slot_B", "state_SHDD", "copy_SHDD")
 
 
 def _build(name: str, kernel: Any, num_warps: int, num_stages: int, **constants: Any) -> Build:
@@ -209,6 +211,8 @@ def _build(name: str, kernel: Any, num_warps: int, num_stages: int, **constants:
     nothing: dict[str, Any] = {}
     if not constants.get("IS_CACHED", True):
         nothing = dict.fromkeys(_CACHE_ARGUMENTS)
+    elif constants.get("HAS_COPY") is False:
+        nothing = {"copy_SHDD": None}
     names = [name for name in kernel.arg_names if name not in nothing]
     types = {name: type for name, type in (POINTERS | SIZES).items() if name in names}
     has_products = kernel in (forward_kernel, first_chunk_kernel)
@@ -216,13 +220,24 @@ def _build(name: str, kernel: Any, num_warps: int, num_stages: int, **constants:
     return Build(name, kernel, types, {**constants, **nothing}, num_warps, num_stages, has_products, aligned)
 
 
+def _walk(dim: int, *, is_cached: bool, has_copy: bool) -> dict[str, Any]:
+    return {"D": dim, "BLOCK_V": 64, "IS_CACHED": is_cached, "HAS_COPY": has_copy}
+
+
 _TRAINED = {
-    dim: _build(f"lightning_forward D={dim}", forward_kernel, 4, stages, D=dim, BLOCK_V=64, IS_CACHED=False)
+    dim: _build(f"lightning_forward D={dim}", forward_kernel, 4, stages, **_walk(dim, is_cached=False, has_copy=False))
     for dim, stages in ((64, 3), (128, 4))
 }
 _PREFILLED = {
-    dim: _build(f"lightning_prefill D={dim}", forward_kernel, 4, 3, D=dim, BLOCK_V=64, IS_CACHED=True)
+    (dim, has_copy): _build(
+        f"lightning_prefill D={dim}{' copy' if has_copy else ''}",
+        forward_kernel,
+        4,
+        3,
+        **_walk(dim, is_cached=True, has_copy=has_copy),
+    )
     for dim in HEAD_DIMS
+    for has_copy in (False, True)
 }
 _FIRST_CHUNK = {
     dim: _build(f"lightning_first_chunk D={dim}", first_chunk_kernel, 8, 1, D=dim, BLOCK_V=64) for dim in HEAD_DIMS
@@ -282,11 +297,12 @@ def prefill(
     state_SHDD: Tensor,
     k_recent_SHDC: Tensor,
     v_recent_SHCD: Tensor,
+    copy_SHDD: Tensor | None = None,
 ) -> Tensor:
     """Pieces that go on from their slots and leave there what the next goes on from; [N, J] in qkv_NI's dtype.
 
     qkv_NI: q, k and v after SiLU, head by head, contiguous [N, 3 J]. slot_B: int64, all different. state_SHDD: float32;
-    the other caches in qkv_NI's dtype.
+    the other caches in qkv_NI's dtype. copy_SHDD: the state rounded, where that is kept too.
     """
     heads, batch = slopes_H.shape[0], len(grid.lengths)
     dim = qkv_NI.shape[1] // (3 * heads)
@@ -294,7 +310,7 @@ def prefill(
     out_NJ = qkv_NI.new_empty(qkv_NI.shape[0], heads * dim)
     sizes = (qkv_NI.stride(0), 3 * dim, heads)
     recent = (k_recent_SHDC, v_recent_SHCD)
-    build = _PREFILLED[dim]
+    build = _PREFILLED[dim, copy_SHDD is not None]
     programs = batch * heads * (dim // build.constants["BLOCK_V"])
     bounds, start_B = grid.cu_seqlens_B1, grid.start_B
     if any(start % CHUNK_LENGTH for start in grid.starts):
@@ -302,6 +318,7 @@ def prefill(
         launch(_FIRST_CHUNK[dim], (programs,), *arguments)
     allow_descriptors(qkv_NI)
     places = (bounds, grid.longest_first_B, start_B, slot_B)
-    launch(build, (programs,), q, k, v, out_NJ, slopes_H, *places, state_SHDD, *sizes)
+    states = (state_SHDD,) if copy_SHDD is None else (state_SHDD, copy_SHDD)
+    launch(build, (programs,), q, k, v, out_NJ, slopes_H, *places, *states, *sizes)
     launch(_RECENT[dim], (batch * heads,), k, v, bounds, start_B, slot_B, *recent, *sizes)
     return out_NJ

@@ -126,7 +126,7 @@ _EXPERT_BLOCKS = (16, 32, 64, 128)
 def _builds(block_e: int) -> dict[str, Build]:
     """The three products, over block_e experts at a time."""
     # Few tokens are a walk over D by one program: long steps, many of them on the way.
-    depth, stages = (128, 4) if block_e <= 32 else (64, 3)
+    depth, stages = (128, 4) if block_e <= 16 else (64, 3)
     narrow, span = {"BLOCK_N": 64, "BLOCK_E": min(block_e, 32), "BLOCK_D": 128}, {"SPAN": SPAN_ROWS, "BLOCK_N": 64}
     settings = {
         "logits": (_logits_kernel, {"BLOCK_N": 64, "BLOCK_E": block_e, "BLOCK_D": depth}, stages),

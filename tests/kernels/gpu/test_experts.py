@@ -9,6 +9,7 @@ from torch import Tensor
 from cispo.kernels import experts as twin
 from cispo.kernels import routing
 from cispo.kernels.gpu import experts, router
+from cispo.kernels.gpu.expert_products import few_rows_product, few_rows_swiglu
 from cispo.kernels.gpu.expert_rows import gather_sum, sort_rows, spread
 from cispo.kernels.gpu.route import route
 
@@ -122,6 +123,21 @@ def layers(
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the library's grouped product on a GPU is for bfloat16")
+@pytest.mark.parametrize("counts", [[3, 0, 1, 0], [40, 7], [0, 0, 0, 70, 140]])
+def test_products_of_few_rows_equal_those_of_each_expert(counts: list[int]) -> None:
+    width, inner, number = 72, 40, len(counts)
+    _, _, gate_up, down = (tensor.detach() for tensor in leaves(1, width, number, inner))
+    rows = torch.randn(sum(counts), width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    row_ends = torch.tensor(counts, device=DEVICE).cumsum(0).to(torch.int32)
+    hidden = few_rows_swiglu(rows, gate_up, row_ends)
+    out = few_rows_product(hidden, down, row_ends)
+    pieces = [x @ weight.t() for x, weight in zip(rows.split(counts), gate_up, strict=True)]
+    halves = [piece.chunk(2, dim=1) for piece in pieces]
+    wanted = torch.cat([torch.nn.functional.silu(gate) * up for gate, up in halves])
+    compare([hidden], [wanted])
+    compare([out], [torch.cat([x @ weight.t() for x, weight in zip(wanted.split(counts), down, strict=True)])])
+
+
 @pytest.mark.parametrize("is_renormalised", [True, False])
 @pytest.mark.parametrize("has_threshold", [True, False])
 @pytest.mark.parametrize(
