@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cispo.errors import CispoError
 from cispo.recipe.schema import TrainRecipe
 from cispo.types import Group, Prompt, ScoredGroup
 
@@ -50,6 +51,7 @@ class RolloutWorker:
         from cispo.rollout.engine import Engine, SamplingSettings
 
         policy, rollout = recipe.policy, recipe.rollout
+        self._rollout = rollout
         self._engine = Engine(
             load_policy(policy_path, dtype=resolve_dtype(policy.dtype), device=resolve_device(policy.device)),
             Tokenizer.load(policy_path),
@@ -60,13 +62,23 @@ class RolloutWorker:
         )
 
     def sample(self, request: SampleRequest) -> Iterator[Group]:
-        """Groups as they end, one after the other."""
-        from cispo.rollout.request import Drawing, GroupRequest
+        """Groups as they end, one after the other. CispoError for a group that cannot be sampled to its end."""
+        from cispo.rollout.recipe_request import group_request
 
         for prompt in request.prompts:
-            self._engine.submit(GroupRequest(prompt, request.group_size, Drawing(request.temperature), request.stream))
+            self._engine.submit(
+                group_request(
+                    prompt,
+                    self._rollout,
+                    group_size=request.group_size,
+                    temperature=request.temperature,
+                    stream=request.stream,
+                )
+            )
         while not self._engine.is_idle:
             self._engine.step()
+            for failure in self._engine.collect_failures():
+                raise CispoError(failure.message)
             # Ray resumes the generator by `send`, which a list's iterator behind `yield from` lacks.
             for group in self._engine.collect():  # noqa: UP028 - for that reason
                 yield group

@@ -141,6 +141,22 @@ def test_every_mistake_is_reported_at_once_in_the_order_of_the_file(write: Write
             "prompts_per_step: 16\n  max_off_policy_steps: 1",
             "r.yaml:9 rollout.max_off_policy_steps: must be 0, got 1: sampling ahead of the learner is not there",
         ),
+        ("prompts_per_step: 16", "prompts_per_step: 16\n  stop_strings: ['']", "r.yaml:9 rollout.stop_strings.0: "),
+        (
+            "prompts_per_step: 16",
+            "prompts_per_step: 16\n  thinking: {tokens: 32}",
+            "r.yaml:9 rollout.thinking.tokens: is 32 with max_completion_tokens 32: nothing would be left",
+        ),
+        (
+            "prompts_per_step: 16",
+            "prompts_per_step: 16\n  thinking: {tokens: 8, end: '</t>'}",
+            "r.yaml:9 rollout.thinking.interruption: must hold '</t>', which ends thinking",
+        ),
+        (
+            "prompts_per_step: 16",
+            "prompts_per_step: 16\n  repetition: {probability: 1}",
+            "r.yaml:9 rollout.repetition.probability: ",
+        ),
         (
             "prompts_per_step: 16",
             "prompts_per_step: 16\n  group_size: 9\n  max_concurrent_completions: 8",

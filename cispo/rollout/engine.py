@@ -334,6 +334,7 @@ class Engine:
         ends.end_thinking(self._arrays, completion)
         if not self._put_in(completion, completion.group.forced_ids):
             return StopReason.LENGTH
+        completion.is_interrupted = True
         self.interruptions += 1
         return None
 
