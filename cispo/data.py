@@ -5,6 +5,8 @@ column that is not mapped keeps its name; a mapped one takes the place of a colu
 that `json_columns` names hold JSON text and reach the rewards decoded: so a column can hold values of many types, such
 as the arguments of hidden tests, in files that must have one type a column.
 
+A prompt is text, or a conversation as a list of {"role", "content"} that ends with the user's message.
+
 Ids are those of the column `id`, or else a hash of the row, so that they do not depend on the row's place.
 """
 
@@ -107,7 +109,9 @@ def _prompts(settings: DataSettings, rows: Iterable[RawRow]) -> Iterator[Prompt]
         row = _renamed(settings, raw)
         for name in settings.json_columns:
             row[name] = _decoded(row, name, raw.place)
-        text = _encodable(_text(settings, row, raw), raw.place)
+        text, earlier = _text(settings, row, raw)
+        for part in (text, *(content for _, content in earlier)):
+            _check_encodable(part, raw.place)
         if "id" in row:
             name = _given_id(row["id"], raw.place)
             if name in places:
@@ -117,7 +121,7 @@ def _prompts(settings: DataSettings, rows: Iterable[RawRow]) -> Iterator[Prompt]
             digest = _hash(raw.values)
             hashes[digest] += 1
             name = digest if hashes[digest] == 1 else f"{digest}-{hashes[digest]}"
-        yield Prompt(name, text, {key: value for key, value in row.items() if key not in ("id", "prompt")})
+        yield Prompt(name, text, {key: value for key, value in row.items() if key not in ("id", "prompt")}, earlier)
 
 
 def _renamed(settings: DataSettings, raw: RawRow) -> dict[str, Any]:
@@ -130,27 +134,42 @@ def _renamed(settings: DataSettings, raw: RawRow) -> dict[str, Any]:
     return {**{name: value for name, value in raw.values.items() if name not in taken}, **mapped}
 
 
-def _text(settings: DataSettings, row: dict[str, Any], raw: RawRow) -> str:
+def _text(settings: DataSettings, row: dict[str, Any], raw: RawRow) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The user's message, and the role and content of those before it."""
     if settings.prompt_template is not None:
         for name in _template_columns(settings.prompt_template):
             if name not in row:
                 raise DataError(_no_column(name, settings.columns.get(name, name), raw.place, list(raw.values)))
-        return settings.prompt_template.format(**row)
+        return settings.prompt_template.format(**row), ()
     if "prompt" not in row:
         raise DataError(_no_column("prompt", "prompt", raw.place, list(raw.values)))
     text = row["prompt"]
+    if isinstance(text, list):
+        return _conversation(text, raw.place)
     if not isinstance(text, str) or not text:
         kind = "empty" if text == "" else f"no text but {type(text).__name__}"
         column = settings.columns.get("prompt", "prompt")
         raise DataError(f"{raw.place}: the prompt (column {column!r}) is {kind}; map a text column, or use a template")
-    return text
+    return text, ()
 
 
-def _encodable(text: str, place: str) -> str:
+def _conversation(messages: list[Any], place: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The last message, and those before it."""
+    pairs: list[tuple[str, str]] = []
+    for message in messages:
+        role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str) or not content:
+            raise DataError(f"{place}: a message of the prompt has no role and content as text; mend the row")
+        pairs.append((role, content))
+    if not pairs or pairs[-1][0] != "user":
+        raise DataError(f"{place}: the prompt is a list that does not end with a message of the user; mend the row")
+    return pairs[-1][1], tuple(pairs[:-1])
+
+
+def _check_encodable(text: str, place: str) -> None:
     """JSON can spell half of a surrogate pair, which no tokenizer takes."""
     if any(0xD800 <= ord(character) < 0xE000 for character in text):
         raise DataError(f"{place}: the prompt holds half of a surrogate pair, which is no text; mend the row")
-    return text
 
 
 def _no_column(ours: str, theirs: str, place: str, there: list[str]) -> str:

@@ -47,7 +47,7 @@ def check_start(
 
 def _refuse_long_prompts(tokenizer: Tokenizer, prompts: Iterable[Prompt], limit: int) -> None:
     for prompt in prompts:
-        length = len(tokenizer.render_prompt(prompt.text))
+        length = len(tokenizer.render_prompt(prompt.text, prompt.earlier))
         if length > limit:
             raise DataError(
                 f"prompt {prompt.id} has {length} tokens, rollout.max_prompt_tokens is {limit}; raise it, "

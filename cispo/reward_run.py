@@ -96,7 +96,7 @@ def _group(prompt: Prompt) -> Group:
         np.zeros(tokens, np.int32), np.ones(tokens, np.bool_), np.zeros(tokens, np.float32), np.zeros(tokens, np.int32)
     )
     rollout = Rollout(prompt.id, 0, np.zeros(0, np.int32), (turn,), stop_reason, completion)
-    return Group(Prompt(prompt.id, prompt.text, row), (rollout,))
+    return Group(Prompt(prompt.id, prompt.text, row, prompt.earlier), (rollout,))
 
 
 def print_results(results: Iterator[RowResult], console: Console) -> int:

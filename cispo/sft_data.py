@@ -74,7 +74,7 @@ def _example(prompt: Prompt, tokenizer: Tokenizer, settings: DataSettings) -> Ex
             f"{settings.path}: row {prompt.id} has no text in the column `completion` "
             f"(it has {', '.join(sorted(prompt.row)) or 'no others'}); name its column under data.columns"
         )
-    prompt_ids = tokenizer.render_prompt(prompt.text)
+    prompt_ids = tokenizer.render_prompt(prompt.text, prompt.earlier)
     if not prompt_ids:
         raise DataError(f"{settings.path}: the prompt of row {prompt.id} renders to no tokens; give it a text")
     ids = [*prompt_ids, *tokenizer.encode(completion), tokenizer.eos_id]

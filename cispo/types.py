@@ -50,11 +50,13 @@ class Prompt:
     id: stable name of the row, unique in its data set; sampling noise depends on it.
     text: what the user says to the policy (before chat rendering).
     row: every other column of the data set, handed to rewards by name.
+    earlier: messages of the conversation before `text`, each as role and content; worked examples, say.
     """
 
     id: str
     text: str
     row: Mapping[str, Any] = field(default_factory=dict)
+    earlier: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,10 +144,11 @@ class Score:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """The completions of one prompt that were sampled together."""
+    """The completions of one prompt that were sampled together. stream: as in the request for them."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    stream: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

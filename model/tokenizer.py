@@ -93,12 +93,14 @@ class Tokenizer:
         """A decoder of ids as they come, which never splits a character."""
         return TextDecoder(self._tokenizer)
 
-    def render_prompt(self, text: str) -> list[int]:
+    def render_prompt(self, text: str, earlier: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Token ids of one user message in the chat template, up to where the policy's answer begins.
 
-        CheckpointError when the template refuses the message or fails on it.
+        earlier: role and content of the messages before it. CheckpointError when the template refuses a message or
+        fails on it.
         """
-        return self.encode(self.render_messages([{"role": "user", "content": text}]))
+        messages = [*earlier, ("user", text)]
+        return self.encode(self.render_messages([{"role": role, "content": content} for role, content in messages]))
 
     def render_messages(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """A conversation as text in the chat template, up to where the policy's answer begins.

@@ -15,9 +15,16 @@ SPOKEN = re.compile(r"\banswer(?:\s+is\s*:?|\s*:)\s*([^\n]+)", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=[^.])\.(?:\s+[A-Z].*|\s*)$")
 
 
-def extract_answer(completion: str) -> str | None:
-    """The answer by the rule above, or None where there is no mark of one."""
+def extract_answer(completion: str, marker: str | None = None) -> str | None:
+    """The answer by the rule above, or None where there is no mark of one.
+
+    With a `marker`, such as "Answer:", it is what follows the last occurrence of just that on its line, and no other
+    mark counts.
+    """
     text = without_thinking(completion[-MAX_COMPLETION_CHARS:])
+    if marker is not None:
+        _, found_marker, after = text.rpartition(marker)
+        return _end_of_sentence(after.partition("\n")[0]).strip("* ") or None if found_marker else None
     boxed = last_box(text)
     if boxed is not None:
         return boxed.strip() or None

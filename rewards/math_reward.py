@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cispo.errors import RewardError
 from cispo.rewards.math_answer import Answer, parse_answer
@@ -62,6 +62,8 @@ class MathArgs(BaseModel):
     """Where the answer is a number, take only a number or a fraction for it: `12 * 13` is no answer to itself."""
     optional_percent: bool = False
     """Let the percent sign be missing on one side: `50` for `50%`, as sets that ask "what percent" have it."""
+    marker: str | None = Field(default=None, min_length=1)
+    """Take what follows the last of these on its line, `Answer:` say, for the answer, and no box or other mark."""
 
 
 class _NeedsSymbolsError(Exception):
@@ -69,7 +71,13 @@ class _NeedsSymbolsError(Exception):
 
 
 def math_reward(
-    prompt: str, completion: str, *, answer: object, plain_numbers: bool = False, optional_percent: bool = False
+    prompt: str,
+    completion: str,
+    *,
+    answer: object,
+    plain_numbers: bool = False,
+    optional_percent: bool = False,
+    marker: str | None = None,
 ) -> Score:
     """1.0 when the completion's final answer equals the column `answer`, else 0.0; also where it has no answer to read.
 
@@ -77,7 +85,7 @@ def math_reward(
     masks the sample, where the data set's answer cannot be read, or where the comparison itself fails.
     """
     gold = _gold_text(answer)
-    found = extract_answer(completion)
+    found = extract_answer(completion, marker)
     if found is None:
         missing = MathVerdict(False, MathStatus.UNPARSED_PREDICTION, message="it has no final answer")
         verdict = _gold_mistake(gold) or missing

@@ -208,9 +208,8 @@ def test_a_later_row_without_the_column_is_named(tmp_path: Path, write: Callable
 
 
 def test_prompt_that_is_no_text(tmp_path: Path, write: Callable[..., str]) -> None:
-    row = {"id": "a", "prompt": [{"role": "user", "content": "x"}]}
-    assert mistake(tmp_path, path=write(row)).startswith(
-        f"{tmp_path}/rows.jsonl:1: the prompt (column 'prompt') is no text but list"
+    assert mistake(tmp_path, path=write({"id": "a", "prompt": {"text": "x"}})).startswith(
+        f"{tmp_path}/rows.jsonl:1: the prompt (column 'prompt') is no text but dict"
     )
     assert "(column 'q') is no text but NoneType" in mistake(tmp_path, path=write({"q": None}), columns={"prompt": "q"})
     assert "is empty" in mistake(tmp_path, path=write({"prompt": ""}))
@@ -325,3 +324,28 @@ def test_a_file_of_an_installed_package_is_found_without_importing_it(
     text = mistake(tmp_path, path="package:no_such_rows/x.jsonl")
     assert text.endswith("no package 'no_such_rows' is installed here; try: pip install no-such-rows")
     assert "there is no file" in mistake(tmp_path, path="package:cispo_test_rows/data/none.jsonl")
+
+
+def test_a_prompt_may_be_a_conversation(tmp_path: Path, write: Callable[..., str]) -> None:
+    turns = [("user", "1 + 1?"), ("assistant", "2"), ("user", "1 + 2?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    first, second = load(tmp_path, path=write({"prompt": messages, "answer": "3"}, {"prompt": messages[-1:]}))
+    assert (first.text, first.earlier, dict(first.row)) == ("1 + 2?", tuple(turns[:2]), {"answer": "3"})
+    assert (second.text, second.earlier) == ("1 + 2?", ())
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "does not end with a message of the user"),
+        ([{"role": "assistant", "content": "x"}], "does not end with a message of the user"),
+        ([{"role": "user", "content": ""}], "no role and content as text"),
+        ([{"role": "user"}], "no role and content as text"),
+        (["x"], "no role and content as text"),
+        ([{"role": "system", "content": "\ud800"}, {"role": "user", "content": "x"}], "half of a surrogate pair"),
+    ],
+)
+def test_a_conversation_that_is_none(
+    tmp_path: Path, write: Callable[..., str], messages: list[Any], message: str
+) -> None:
+    assert message in mistake(tmp_path, path=write({"prompt": messages}))

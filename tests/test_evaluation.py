@@ -1,6 +1,7 @@
 """What an evaluation says of itself, also when rewards failed: a measurement that is missing ends no run."""
 
 from cispo.evaluation import Evaluation, describe_gain
+from cispo.metric_table import check_names
 from cispo.statistics import PromptOutcome
 
 
@@ -45,3 +46,12 @@ def test_a_gain_over_too_few_prompts_is_unknown_instead_of_an_error() -> None:
         *shown, last = describe_gain(*pair)
         assert last == "gain unknown: it takes at least 2 prompts that were scored both before and after"
         assert len(shown) == 2
+
+
+def test_parts_are_measured_beside_the_whole() -> None:
+    outcomes = (outcome([True]), outcome([False]), outcome([True]), outcome([False]))
+    metrics = Evaluation(outcomes, parts=("sums", "two terms", "sums", "two terms")).metrics()
+    assert metrics["eval/heldout/pass@1"] == 0.5
+    assert metrics["eval/heldout.sums/pass@1"] == 1.0
+    assert metrics["eval/heldout.two_terms/pass@1"] == 0.0
+    check_names(metrics)

@@ -11,7 +11,7 @@ from cispo.model.config import ModelConfig
 from cispo.model.families import read_hf_config
 from cispo.model.weight_files import missing_weights
 from cispo.recipe.document import SettingPath
-from cispo.recipe.schema import TrainRecipe
+from cispo.recipe.schema import EvaluationSettings, TrainRecipe
 from cispo.recipe.sft_schema import SftRecipe
 from cispo.resources import BUNDLED, resolve_policy
 from cispo.rewards.code_schemas import missing_column
@@ -30,7 +30,7 @@ def train_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     rewards, columns = _reward_mistakes(recipe)
     found += _data_mistakes(("data",), recipe.data, recipe.base_path, columns) or _task_mistakes(recipe)
     if recipe.evaluation is not None:
-        found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path, columns)
+        found += _evaluation_mistakes(recipe.evaluation, recipe.base_path, columns)
     return found + rewards
 
 
@@ -41,7 +41,7 @@ def evaluation_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     if recipe.evaluation is None:
         found.append((("evaluation",), "is null; name the prompts to measure on in evaluation.data.path"))
     else:
-        found += _data_mistakes(("evaluation", "data"), recipe.evaluation.data, recipe.base_path, columns)
+        found += _evaluation_mistakes(recipe.evaluation, recipe.base_path, columns)
     return found + rewards
 
 
@@ -113,6 +113,13 @@ def _read_config(file: Path) -> ModelConfig:
 def _data_mistakes(path: SettingPath, data: DataSettings, base_path: Path, columns: Sequence[str]) -> list[FileMistake]:
     texts = _messages(partial(check_data, data, base_path=base_path, required=columns))
     return [((*path, "path"), text) for text in texts]
+
+
+def _evaluation_mistakes(
+    evaluation: EvaluationSettings, base_path: Path, columns: Sequence[str]
+) -> list[FileMistake]:
+    grouping = [evaluation.by] if evaluation.by is not None else []
+    return _data_mistakes(("evaluation", "data"), evaluation.data, base_path, [*columns, *grouping])
 
 
 def _task_mistakes(recipe: TrainRecipe) -> list[FileMistake]:

@@ -99,7 +99,9 @@ class RolloutSettings(Section):
     max_concurrent_completions: int = Field(default=256, ge=1)
     """Completions that one rollout actor decodes at a time; it bounds memory and changes no result."""
     max_off_policy_steps: int = Field(default=0, ge=0)
-    """Training steps that sampling may run ahead of the learner; this version has 0, which is synchronous."""
+    """Training steps that sampling may run ahead of the learner, its weights updated in flight; 0 is synchronous."""
+    caches_after_update: Literal["keep", "recompute"] = "keep"
+    """What completions under way do when weights change: go on from the states they have, or read all again."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """Seconds to wait for a step's completions before the run ends with an error."""
 
@@ -134,16 +136,6 @@ class RolloutSettings(Section):
             )
         return self
 
-    @field_validator("max_off_policy_steps")
-    @classmethod
-    def _is_synchronous(cls, value: int) -> int:
-        if value > 0:
-            raise ValueError(
-                f"must be 0, got {value}: sampling ahead of the learner is not there in this version; "
-                "with 0 each step samples from the newest weights"
-            )
-        return value
-
 
 class EvaluationSettings(Section):
     """How the policy is measured: the share of completions that get the full reward, with a 95% interval."""
@@ -156,6 +148,8 @@ class EvaluationSettings(Section):
     """Completions sampled for each prompt."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Divides the logits while sampling."""
+    by: str | None = Field(default=None, min_length=1)
+    """A column of the data, such as `part`; everything is also measured over the prompts of each of its values."""
 
 
 class CheckpointSettings(Section):
@@ -191,6 +185,13 @@ class RaySettings(Section):
     """Seconds to wait for one call of an actor, such as a training step or a broadcast."""
 
 
+class ResourcesSettings(Section):
+    """Which processes share what."""
+
+    placement: Literal["auto", "colocated", "split"] = "auto"
+    """`colocated` has engine and learner in one process over one copy of the weights, which `auto` takes on one GPU."""
+
+
 class TrainRecipe(Section):
     """A whole reinforcement-learning run."""
 
@@ -214,6 +215,7 @@ class TrainRecipe(Section):
     """Null measures nothing."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
+    resources: ResourcesSettings = ResourcesSettings()
     ray: RaySettings = RaySettings()
     base_path: Path = Path(".")
     """Folder that relative paths in the recipe start from, before the working one; the recipe's own if not set."""

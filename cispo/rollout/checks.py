@@ -84,7 +84,7 @@ class Checks:
         if request.prompt_ids is None:
             if not request.prompt.text.strip():
                 raise RequestError(f"prompt {request.prompt.id} is empty; give it some text")
-            return self._tokenizer.render_prompt(request.prompt.text)
+            return self._tokenizer.render_prompt(request.prompt.text, request.prompt.earlier)
         ids = [int(token) for token in request.prompt_ids]
         if not ids:
             raise RequestError(f"prompt {request.prompt.id} has no tokens; give at least one")

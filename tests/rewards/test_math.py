@@ -204,3 +204,23 @@ def test_no_text_breaks_the_reader(text: str) -> None:
 def test_numbers_equal_themselves_alone(value: object) -> None:
     assert is_equal(str(value), f"\\boxed{{{value}}}").equal
     assert not is_equal(str(value), f"{value}+1/10^{{30}}").equal
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("3 + 4 = 7\nAnswer: 7", "7"),
+        ("Answer: 5\nno, Answer: **7**.", "7"),
+        ("Answer: 7\nor 8", "7"),
+        ("the answer is 7", None),
+        (r"\boxed{7}", None),
+        (r"\boxed{8} Answer: 7", "7"),
+        ("answer: 7", None),
+        ("Answer:", None),
+        ("Answer:\n7", None),
+        ("<think>Answer: 7</think>", None),
+    ],
+)
+def test_an_answer_after_a_marker_of_ones_own(completion: str, answer: str | None) -> None:
+    assert extract_answer(completion, "Answer:") == answer
+    assert math_reward("", completion, answer=7, marker="Answer:").value == float(answer == "7")

@@ -32,6 +32,11 @@ def test_answer_format(completion: str, thinking: bool, answer: bool, value: flo
     assert answer_format("", completion, is_truncated=True, thinking=thinking, answer=answer) == 0.0
 
 
+def test_answer_format_with_a_marker_of_ones_own() -> None:
+    for completion, value in (("Answer: 7", 1.0), ("the answer is 7", 0.0), (r"\boxed{7}", 0.0)):
+        assert answer_format("", completion, is_truncated=False, marker="Answer:") == value
+
+
 @pytest.mark.parametrize(
     ("completion", "script", "value"),
     [
