@@ -5,23 +5,13 @@ process's threads and arithmetic, and messages that Ray can carry.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cispo.recipe.schema import TrainRecipe
-from cispo.types import Group, Prompt, ScoredGroup
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRequest:
-    """Prompts to sample group_size completions of; stream separates the noise of passes over the same prompts."""
-
-    prompts: tuple[Prompt, ...]
-    group_size: int
-    temperature: float
-    stream: str
+from cispo.rollout.request import GroupRequest
+from cispo.types import Group, ScoredGroup
 
 
 def prepare_process(threads: int) -> None:
@@ -39,44 +29,60 @@ def prepare_process(threads: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch sets it at run time
 
 
-class RolloutWorker:
+class Shell:
+    """What every actor of a run can be asked."""
+
+    def log_path(self) -> str:
+        """Where this process writes its errors: a file on its own machine."""
+        return os.readlink("/proc/self/fd/2")
+
+
+class RolloutWorker(Shell):
     """Samples groups with its own copy of the policy, whose weights the learner's broadcasts replace."""
 
-    def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int) -> None:
+    def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, name: str) -> None:
         prepare_process(threads)
-        from cispo.devices import resolve_device, resolve_dtype
-        from cispo.model.checkpoint import load_policy
+        self._open_engine(recipe, policy_path, _load(recipe, policy_path), name)
+
+    def _open_engine(self, recipe: TrainRecipe, policy_path: Path, decoder: Any, name: str) -> None:
         from cispo.model.tokenizer import Tokenizer
         from cispo.rollout.engine import Engine, SamplingSettings
+        from cispo.rollout.gauges import EngineGauges
 
-        policy, rollout = recipe.policy, recipe.rollout
+        rollout = recipe.rollout
+        self._checksum = ""
+        self._caches_after_update = rollout.caches_after_update
         self._engine = Engine(
-            load_policy(policy_path, dtype=resolve_dtype(policy.dtype), device=resolve_device(policy.device)),
+            decoder,
             Tokenizer.load(policy_path),
             SamplingSettings(rollout.max_completion_tokens, recipe.seed),
             max_concurrent_completions=rollout.max_concurrent_completions,
             max_prompt_tokens=rollout.max_prompt_tokens,
             records_experts=recipe.learner.routing_replay,
         )
+        self._gauges = EngineGauges(self._engine, run=recipe.name, worker=name)
 
-    def sample(self, request: SampleRequest) -> Iterator[Group]:
-        """Groups as they end, one after the other."""
-        from cispo.rollout.request import Drawing, GroupRequest
+    def run_slice(self, requests: Sequence[GroupRequest], slice_s: float) -> Any:
+        """Queue the requests and sample for a moment; a `cispo.rollout.slice.Slice`."""
+        from cispo.rollout.slice import run_slice
 
-        for prompt in request.prompts:
-            self._engine.submit(GroupRequest(prompt, request.group_size, Drawing(request.temperature), request.stream))
-        while not self._engine.is_idle:
-            self._engine.step()
-            # Ray resumes the generator by `send`, which a list's iterator behind `yield from` lacks.
-            for group in self._engine.collect():  # noqa: UP028 - for that reason
-                yield group
+        done = run_slice(self._engine, requests, slice_s, self._checksum)
+        self._gauges.update(done.busy_s)
+        return done
+
+    def forget(self) -> None:
+        """Drop all groups under way."""
+        self._engine.park()
+        self._engine.collect()
+        self._engine.collect_failures()
 
     def update_weights(self, weights: Any) -> tuple[int, str]:
         """Take the weights and answer with the version and checksum of what this worker holds afterwards."""
         from cispo.broadcast import weights_checksum
 
-        self._engine.update_weights(weights.version, weights.tensors())
-        return self._engine.policy_version, weights_checksum(dict(self._engine.decoder.named_parameters()))
+        self._engine.update_weights(weights.version, weights.tensors(), caches=self._caches_after_update)
+        self._checksum = weights_checksum(dict(self._engine.decoder.named_parameters()))
+        return self._engine.policy_version, self._checksum
 
     def row_dependent_shapes(self) -> list[str]:
         """Shapes of this policy's products whose bits depend on the rows beside a row, on this machine."""
@@ -85,7 +91,7 @@ class RolloutWorker:
         return row_dependent_shapes([p for p in self._engine.decoder.parameters() if p.dim() == 2])
 
 
-class RewardWorker:
+class RewardWorker(Shell):
     """Scores groups, one program at a time in a sandbox of its own."""
 
     def __init__(self, recipe: TrainRecipe) -> None:
@@ -109,23 +115,23 @@ class RewardWorker:
         self._rewards.close()
 
 
-class LearnerActor:
+class LearnerActor(Shell):
     """Holds the learner, hands out its weights, and writes and reads checkpoints where the learner's state is."""
 
     def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int) -> None:
         prepare_process(threads)
-        from cispo.devices import resolve_device, resolve_dtype
+        self._open_learner(recipe, policy_path, _load(recipe, policy_path))
+
+    def _open_learner(self, recipe: TrainRecipe, policy_path: Path, decoder: Any) -> None:
         from cispo.learner import Learner
-        from cispo.model.checkpoint import load_policy
         from cispo.model.tokenizer import Tokenizer
 
-        dtype, device = resolve_dtype(recipe.policy.dtype), resolve_device(recipe.policy.device)
         reference = None
         if recipe.objective.needs_reference:
-            reference = load_policy(policy_path, dtype=dtype, device=device).requires_grad_(False)
+            reference = _load(recipe, policy_path).requires_grad_(False)
         self._tokenizer = Tokenizer.load(policy_path)
         self._learner = Learner(
-            load_policy(policy_path, dtype=dtype, device=device),
+            decoder,
             objective=recipe.objective,
             advantage=recipe.advantage,
             settings=recipe.learner,
@@ -165,3 +171,28 @@ class LearnerActor:
         checkpoint = load_checkpoint(path)
         self._learner.load_state_dict(checkpoint.learner_state)
         return dict(checkpoint.loop_state)
+
+
+class ColocatedActor(RolloutWorker, LearnerActor):
+    """Engine and learner over one copy of the weights, for a single GPU, where two processes would only take turns."""
+
+    def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, name: str) -> None:
+        prepare_process(threads)
+        decoder = _load(recipe, policy_path)
+        self._open_engine(recipe, policy_path, decoder, name)
+        self._open_learner(recipe, policy_path, decoder)
+
+    def share_weights(self) -> int:
+        """Sample with the learner's weights from now on; the policy version that they have."""
+        self._engine.update_weights(
+            self._learner.policy_version, self._learner.policy_tensors(), caches=self._caches_after_update
+        )
+        return self._engine.policy_version
+
+
+def _load(recipe: TrainRecipe, policy_path: Path) -> Any:
+    from cispo.devices import resolve_device, resolve_dtype
+    from cispo.model.checkpoint import load_policy
+
+    policy = recipe.policy
+    return load_policy(policy_path, dtype=resolve_dtype(policy.dtype), device=resolve_device(policy.device))

@@ -17,6 +17,14 @@ from torch import Tensor
 from cispo.errors import BroadcastError
 
 
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a worker must say it holds. The checksum is empty where weights are shared in place instead of sent."""
+
+    version: int
+    checksum: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
     """Policy weights as Ray's object store shares them without copies: arrays by parameter name.
@@ -28,6 +36,11 @@ class Weights:
     checksum: str
     arrays: Mapping[str, npt.NDArray[Any]]
     dtypes: Mapping[str, torch.dtype]
+
+    @property
+    def proof(self) -> Proof:
+        """What shows that a worker holds them."""
+        return Proof(self.version, self.checksum)
 
     @property
     def bytes(self) -> int:
@@ -55,7 +68,7 @@ def weights_checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def verify_receipt(worker: str, sent: Weights, version: int, checksum: str) -> None:
+def verify_receipt(worker: str, sent: Proof, version: int, checksum: str) -> None:
     """Compare what a worker says it holds with what was sent; BroadcastError names worker, version and both sums."""
     if (version, checksum) != (sent.version, sent.checksum):
         raise BroadcastError(

@@ -1,186 +1,271 @@
-"""The actors of a run as one crew: start them, send them weights, have groups sampled and scored.
+"""The actors of a run as one crew: started, replaced when they die, asked for work, sent the learner's weights.
 
-Groups stream: as soon as one has ended in a rollout worker it goes to a reward worker, while others are still sampled.
-Which worker does what changes no result, so work is dealt out for speed alone.
+Every wait goes through the sampler, so groups go on being sampled and scored whatever the loop waits for. Who does what
+changes no result, so work is dealt out for speed alone.
 """
 
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from cispo.actors import LearnerActor, RewardWorker, RolloutWorker, SampleRequest
-from cispo.broadcast import Weights, verify_receipt
-from cispo.errors import DeadlineError
+from cispo.actors import ColocatedActor, LearnerActor, RewardWorker, RolloutWorker
+from cispo.broadcast import Proof, Weights, verify_receipt
+from cispo.errors import ActorLostError, LearnerLostError
+from cispo.member import Member
+from cispo.placement import place
 from cispo.ray_runtime import await_result
 from cispo.recipe.schema import TrainRecipe
-from cispo.types import Prompt, ScoredGroup
+from cispo.rollout.request import GroupRequest
+from cispo.sampler import Collected, Progress, Sampler
+from cispo.types import ScoredGroup
 
 CLOSE_TIMEOUT_S = 10.0
-Progress = Callable[[int, int], None]
-"""(groups done, groups in all), called as they end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The classes of a run's actors."""
+
+    rollout: type = RolloutWorker
+    reward: type = RewardWorker
+    learner: type = LearnerActor
+    colocated: type = ColocatedActor
 
 
 class Crew:
-    """Rollout workers, reward workers and, for training, the learner; all are ready when the constructor returns."""
+    """Rollout workers, reward workers and, for training, the learner; all are ready when the constructor returns.
 
-    def __init__(self, recipe: TrainRecipe, policy_path: Path, *, cores: int, with_learner: bool) -> None:
-        self._recipe = recipe
-        rollout_threads = max(1, cores // recipe.rollout.workers)
-        self._rollout = [
-            self._start(RolloutWorker, f"rollout:{i}", recipe, policy_path, rollout_threads)
-            for i in range(recipe.rollout.workers)
-        ]
-        self._rewards = [self._start(RewardWorker, f"reward:{i}", recipe) for i in range(recipe.sandbox.workers)]
-        self._learner = self._start(LearnerActor, "learner", recipe, policy_path, cores) if with_learner else None
+    say: tells a person what happened to an actor.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        policy_path: Path,
+        *,
+        cores: int,
+        with_learner: bool,
+        say: Callable[[str], None] = print,
+        roles: Roles = Roles(),
+    ) -> None:
+        self._recipe, self._policy_path, self._roles, self._say = recipe, policy_path, roles, say
+        self.placement = place(recipe, cores=cores, gpus=_gpus())
+        self._is_colocated = with_learner and self.placement.colocated
+        self._rollout = [Member(f"rollout:{i}", self._start_rollout) for i in range(recipe.rollout.workers)]
+        self._rewards = [Member(f"reward:{i}", self._start_reward) for i in range(recipe.sandbox.workers)]
+        self._learner: Member | None = None
+        if with_learner:
+            self._learner = self._rollout[0] if self._is_colocated else Member("learner", self._start_learner)
+        self._sent: tuple[Any, Weights] | None = None
+        self.learner_busy_s = 0.0
+        rollout = recipe.rollout
+        self._sampler = Sampler(
+            self._rollout,
+            self._rewards,
+            # Twice what it can decode at once, so that a slot that falls free finds a group that waits.
+            groups_per_worker=max(1, 2 * rollout.max_concurrent_completions // rollout.group_size),
+            on_death=self._replace_rollout,
+            say=say,
+        )
         self._wait_until_ready()
 
-    def _start(self, role: type, name: str, *arguments: Any) -> Any:
+    def _start_rollout(self, name: str) -> Any:
+        plan = self.placement
+        if self._is_colocated:
+            arguments = (self._recipe, self._policy_path, plan.learner_threads, name)
+            return self._start(self._roles.colocated, name, plan.learner_gpus, *arguments)
+        return self._start(
+            self._roles.rollout, name, plan.rollout_gpus, self._recipe, self._policy_path, plan.rollout_threads, name
+        )
+
+    def _start_reward(self, name: str) -> Any:
+        return self._start(self._roles.reward, name, 0.0, self._recipe)
+
+    def _start_learner(self, name: str) -> Any:
+        plan = self.placement
+        arguments = (self._recipe, self._policy_path, plan.learner_threads)
+        return self._start(self._roles.learner, name, plan.learner_gpus, *arguments)
+
+    def _start(self, role: type, name: str, gpus: float, *arguments: Any) -> Any:
         # Threads spin from one kernel to the next, some microseconds, and sleep beyond: an actor that waits burns no
         # core of another's. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) made a step a quarter slower.
         threads = {"GOMP_SPINCOUNT": "20000", "TOKENIZERS_PARALLELISM": "false"}
-        gpus = self._gpus_of(name)
         actor: Any = ray.remote(role)
         named = actor.options(
             name=f"{self._recipe.name}:{name}", num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": threads}
         )
         return named.remote(*arguments)
 
-    def _gpus_of(self, name: str) -> float:
-        """On one GPU learner and rollout workers share it; rewards never see one."""
-        if name.startswith("reward") or self._recipe.policy.device == "cpu" or not _gpus():
-            return 0.0
-        return gpu_share(1 + self._recipe.rollout.workers)
+    @property
+    def _members(self) -> list[Member]:
+        own_learner = [self._learner] if self._learner is not None and not self._is_colocated else []
+        return [*self._rollout, *self._rewards, *own_learner]
 
     def _wait_until_ready(self) -> None:
         timeout_s = self._recipe.ray.start_timeout_s
-        named = {f"rollout:{i}": actor for i, actor in enumerate(self._rollout)}
-        named |= {f"reward:{i}": actor for i, actor in enumerate(self._rewards)}
-        if self._learner is not None:
-            named["learner"] = self._learner
-        for name, actor in named.items():
-            await_result(actor.__ray_ready__.remote(), timeout_s=timeout_s, what=f"{name} to start")
+        for member in self._members:
+            await_result(member.actor.__ray_ready__.remote(), timeout_s=timeout_s, what=f"{member.name} to start")
 
     def row_dependent_shapes(self) -> list[str]:
         """Product shapes for which rollout and learner may disagree on this machine; see cispo.model.arithmetic."""
-        shapes: list[str] = self._call(
-            self._rollout[0].row_dependent_shapes.remote(), "rollout:0 to probe its products"
+        member = self._rollout[0]
+        shapes: list[str] = self._wait_for(
+            member.actor.row_dependent_shapes.remote(), f"{member.name} to probe its products"
         )
         return shapes
 
-    def sample_and_score(
-        self, prompts: Sequence[Prompt], *, group_size: int, temperature: float, stream: str, progress: Progress
-    ) -> tuple[list[ScoredGroup], dict[str, float]]:
-        """Sample a group of each prompt, score it, and return the groups in the order of the prompts.
+    def submit(self, requests: Sequence[GroupRequest]) -> None:
+        """Queue groups to be sampled and scored; each must be collected once."""
+        self._sampler.submit(requests)
 
-        Prompt ids must differ from each other. The second value holds seconds spent until the last group was sampled
-        (time_s/rollout) and from then until the last score (time_s/reward). DeadlineError after rollout.timeout_s.
-        """
-        started = time.perf_counter()
-        deadline = started + self._recipe.rollout.timeout_s
-        streams = {
-            self._rollout[i]
-            .sample.options(num_returns="streaming")
-            .remote(
-                SampleRequest(tuple(prompts[i :: len(self._rollout)]), group_size, temperature, stream)
-            ): f"rollout:{i}"
-            for i in range(min(len(self._rollout), len(prompts)))
-        }
-        idle, waiting = deque(range(len(self._rewards))), deque[Any]()
-        scoring: dict[Any, int] = {}
-        scored: dict[str, ScoredGroup] = {}
-        sampled_at = started
-        while len(scored) < len(prompts):
-            while waiting and idle:
-                worker = idle.popleft()
-                scoring[self._rewards[worker].score.remote(waiting.popleft())] = worker
-            ready, _ = ray.wait([*streams, *scoring], timeout=max(0.0, deadline - time.perf_counter()))
-            if not ready:
-                late = [*streams.values(), *(f"reward:{worker}" for worker in scoring.values())]
-                raise DeadlineError(
-                    f"{len(scored)} of {len(prompts)} groups after {self._recipe.rollout.timeout_s:g} s, waiting for "
-                    f"{', '.join(late)}; look at their logs, or raise rollout.timeout_s if they were only slow"
-                )
-            event: Any = ready[0]
-            if event in scoring:
-                worker = scoring.pop(event)
-                group = self._call(event, f"reward:{worker} to score a group")
-                scored[group.prompt.id] = group
-                idle.append(worker)
-                progress(len(scored), len(prompts))
-                continue
-            try:
-                sampled = next(event)
-            except StopIteration:
-                del streams[event]
-                continue
-            # A stream that broke hands out its error as a group; found here, it is not laid at a reward worker's door.
-            self._call(sampled, f"{streams[event]} to sample a group")
-            waiting.append(sampled)
-            sampled_at = time.perf_counter()
-        times = {"time_s/rollout": sampled_at - started, "time_s/reward": time.perf_counter() - sampled_at}
-        return [scored[prompt.id] for prompt in prompts], times
+    def collect(self, requests: Sequence[GroupRequest], progress: Progress) -> Collected:
+        """Wait for groups that were submitted. DeadlineError after rollout.timeout_s."""
+        return self._sampler.collect(requests, progress, self._recipe.rollout.timeout_s)
+
+    def sample_and_score(self, requests: Sequence[GroupRequest], progress: Progress) -> Collected:
+        """A group of each request, in their order."""
+        self.submit(requests)
+        return self.collect(requests, progress)
+
+    def quarantine(self, prompts: dict[str, str]) -> None:
+        """Sample these prompts no more; ids with the reasons."""
+        self._sampler.quarantined.update(prompts)
+
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """Prompts that are not sampled, with the reasons."""
+        return dict(self._sampler.quarantined)
 
     def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        assert self._learner is not None
-        metrics: dict[str, float] = self._call(
-            self._learner.train.remote(list(groups), step), f"learner in step {step}"
-        )
+        """One step of the learner; LearnerLostError where its process dies."""
+        metrics: dict[str, float] = self._ask_learner("train", f"train in step {step}", list(groups), step)
+        self.learner_busy_s += metrics.get("time_s/forward_backward", 0.0)
         return metrics
 
     def broadcast(self) -> dict[str, float]:
-        """Give every rollout worker the learner's weights; BroadcastError unless each proves that it holds them."""
-        assert self._learner is not None
+        """Give every rollout worker the learner's weights; BroadcastError unless each proves that it holds them.
+
+        Workers that have groups under way take them after their slice of work, and nobody waits for it: what they
+        answer is used only after their proof.
+        """
         started = time.perf_counter()
-        reference = self._learner.weights.remote()
-        weights: Weights = self._call(reference, "learner to hand out its weights")
-        receipts = [worker.update_weights.remote(reference) for worker in self._rollout]
-        for index, receipt in enumerate(receipts):
-            name = f"rollout:{index}"
-            version, checksum = self._call(receipt, f"{name} to take weights of version {weights.version}")
-            verify_receipt(name, weights, version, checksum)
+        if self._is_colocated:
+            assert self._learner is not None
+            version = self._ask_learner("share_weights", "share its weights")
+            self._learner.proof = Proof(version, "")
+            return {"time_s/broadcast": time.perf_counter() - started}
+        assert self._learner is not None
+        reference = self._learner.actor.weights.remote()
+        weights: Weights = self._wait_for_learner(reference, "hand out its weights")
+        self._sent = reference, weights
+        receipts = [(member, self._send_weights(member)) for member in self._rollout]
+        if not self._sampler.has_work:
+            for member, receipt in receipts:
+                self._verify_or_replace(member, receipt)
         return {
             "broadcast/bytes": float(weights.bytes),
             "broadcast/checksum_ok": 1.0,
             "time_s/broadcast": time.perf_counter() - started,
         }
 
+    @property
+    def weights_checksum(self) -> str | None:
+        """Of the weights last sent; None where engine and learner share one copy."""
+        return self._sent[1].checksum if self._sent else None
+
+    def counts(self) -> dict[str, float]:
+        """Deaths by role, quarantined prompts and busy seconds since the last call; what is 0 is left out."""
+        sampler = self._sampler
+        found = {f"faults/{role}": float(count) for role, count in sampler.deaths.items()}
+        found |= {"busy_s/rollout": sampler.busy_s, "busy_s/learner": self.learner_busy_s}
+        sampler.deaths.clear()
+        sampler.busy_s = self.learner_busy_s = 0.0
+        return found
+
     def reward_statistics(self) -> list[dict[str, float]]:
-        """Counters of each reward worker since the last call."""
-        calls = [(f"reward:{i}", worker.statistics.remote()) for i, worker in enumerate(self._rewards)]
-        return [self._call(call, f"{name} for its counters") for name, call in calls]
+        """Counters of each reward worker since the last call; those of a worker that died are lost."""
+        calls = [(member, member.actor.statistics.remote()) for member in self._rewards]
+        found = []
+        for member, call in calls:
+            try:
+                found.append(self._wait_for(call, f"{member.name} for its counters"))
+            except ActorLostError:
+                # It is replaced when it is next given a group; here it only has nothing to tell.
+                continue
+        return found
 
     def save(self, path: Path, loop_state: dict[str, Any]) -> None:
-        assert self._learner is not None
-        keep = self._recipe.checkpoint.keep
-        self._call(self._learner.save.remote(path, loop_state, keep), f"learner to write {path.name}")
+        """Write a checkpoint; LearnerLostError where the learner's process dies."""
+        self._ask_learner("save", f"write {path.name}", path, loop_state, self._recipe.checkpoint.keep)
 
     def load(self, path: Path) -> dict[str, Any]:
-        assert self._learner is not None
-        state: dict[str, Any] = self._call(self._learner.load.remote(path), f"learner to read {path.name}")
+        """Go on from a checkpoint; returns its loop state."""
+        state: dict[str, Any] = self._ask_learner("load", f"read {path.name}", path)
         return state
+
+    def restart_learner(self) -> None:
+        """Drop all that is under way and start a learner anew, as the policy that the run began with."""
+        assert self._learner is not None
+        self._learner.replace()
+        self._sampler.forget_all()
+        ready = self._learner.actor.__ray_ready__.remote()
+        timeout_s = self._recipe.ray.start_timeout_s
+        await_result(ready, timeout_s=timeout_s, what=f"{self._learner.name} to start again")
 
     def close(self) -> None:
         """Close the sandboxes and end the actors; raises nothing.
 
         A reward worker that is dead or busy is not waited for long: its sandbox's wardens end with it in any case.
         """
-        closing = [worker.close.remote() for worker in self._rewards]
+        closing = [member.actor.close.remote() for member in self._rewards]
         ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
-        for actor in (*self._rollout, *self._rewards, *([self._learner] if self._learner is not None else [])):
-            ray.kill(actor)
+        for member in self._members:
+            ray.kill(member.actor)
 
-    def _call(self, reference: Any, what: str) -> Any:
-        return await_result(reference, timeout_s=self._recipe.ray.call_timeout_s, what=what)
+    def _send_weights(self, member: Member) -> Any:
+        """Give a worker the weights last handed out; a reference to what it will say it holds."""
+        assert self._sent is not None
+        member.proof = self._sent[1].proof
+        return member.actor.update_weights.remote(self._sent[0])
 
+    def _verify_or_replace(self, member: Member, receipt: Any) -> None:
+        assert self._sent is not None
+        weights = self._sent[1]
+        try:
+            held = self._wait_for(receipt, f"{member.name} to take weights of version {weights.version}")
+        except ActorLostError as lost:
+            self._say(f"{member.name} died while it took weights ({lost}); another takes its place")
+            self._replace_rollout(member)
+            return
+        verify_receipt(member.name, weights.proof, *held)
 
-def gpu_share(actors: int) -> float:
-    """An equal share of one GPU, rounded down to the 1/10000 that Ray counts in: rounded up, the last would not fit."""
-    return math.floor(10_000 / actors) / 10_000
+    def _replace_rollout(self, member: Member) -> None:
+        """Start another in its place, with the weights that all others hold."""
+        if self._is_colocated:
+            raise LearnerLostError(f"{member.name}, which is also the learner, died")
+        member.replace()
+        if self._sent is not None:
+            self._send_weights(member)
+
+    def _ask_learner(self, method: str, doing: str, *arguments: Any) -> Any:
+        assert self._learner is not None
+        return self._wait_for_learner(getattr(self._learner.actor, method).remote(*arguments), doing)
+
+    def _wait_for_learner(self, reference: Any, doing: str) -> Any:
+        assert self._learner is not None
+        try:
+            return self._wait_for(reference, f"{self._learner.name} to {doing}")
+        except LearnerLostError:
+            raise
+        except ActorLostError as lost:
+            raise LearnerLostError(*lost.args) from lost
+
+    def _wait_for(self, reference: Any, what: str) -> Any:
+        return self._sampler.wait_for(reference, timeout_s=self._recipe.ray.call_timeout_s, what=what)
 
 
 def _gpus() -> float:

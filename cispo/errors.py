@@ -44,5 +44,13 @@ class DeadlineError(CispoError, TimeoutError):
     """A wait passed its deadline; the message names what was waited for."""
 
 
+class ActorLostError(CispoError, RuntimeError):
+    """A process of the run is gone: killed, out of memory, or its machine left; the message says which."""
+
+
+class LearnerLostError(ActorLostError):
+    """The learner's process is gone, and with it all that it learnt since its last checkpoint."""
+
+
 class UnsupportedError(CispoError, NotImplementedError):
     """A feature that this version does not have; the message names it and what there is instead."""

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cispo.crew import Crew, Progress
-from cispo.recipe.schema import EvaluationSettings
+from cispo.crew import Crew
+from cispo.recipe.schema import EvaluationSettings, RolloutSettings
+from cispo.rollout.recipe_request import group_request
+from cispo.sampler import Progress
 from cispo.statistics import Estimate, PromptOutcome, evaluation_metrics, paired_gain, pass_at_1
 from cispo.types import Prompt, Score, ScoredGroup, ScoreStatus
 
@@ -71,18 +73,29 @@ class Evaluation:
         )
 
 
-def evaluate(crew: Crew, prompts: Sequence[Prompt], settings: EvaluationSettings, progress: Progress) -> Evaluation:
-    """Sample and score completions of every prompt. The same weights always give the same outcome."""
-    groups, _ = crew.sample_and_score(
-        prompts,
-        group_size=settings.completions_per_prompt,
-        temperature=settings.temperature,
-        stream="evaluation",
-        progress=progress,
+def evaluate(
+    crew: Crew, prompts: Sequence[Prompt], settings: EvaluationSettings, rollout: RolloutSettings, progress: Progress
+) -> Evaluation:
+    """Sample and score completions of every prompt. The same weights always give the same outcome.
+
+    Goes before groups that are sampled for training at the same time. rollout: what ends a completion.
+    """
+    size, temperature = settings.completions_per_prompt, settings.temperature
+    requests = [
+        replace(
+            group_request(prompt, rollout, group_size=size, temperature=temperature, stream="evaluation"), priority=1
+        )
+        for prompt in prompts
+    ]
+    found = crew.sample_and_score(requests, progress)
+    outcomes = {group.prompt.id: _outcome(group) for group in found.groups}
+    unsampled = PromptOutcome((), (), (), (), errors=size)
+    failed = (score.message for group in found.groups for score in group.scores if score.status is not ScoreStatus.OK)
+    return Evaluation(
+        tuple(outcomes.get(prompt.id, unsampled) for prompt in prompts),
+        next(failed, next(iter(found.failed.values()), "")),
+        tuple(str(prompt.row[settings.by]) for prompt in prompts) if settings.by is not None else (),
     )
-    failed = (score.message for group in groups for score in group.scores if score.status is not ScoreStatus.OK)
-    parts = tuple(str(prompt.row[settings.by]) for prompt in prompts) if settings.by is not None else ()
-    return Evaluation(tuple(_outcome(group) for group in groups), next(failed, ""), parts)
 
 
 def _outcome(group: ScoredGroup) -> PromptOutcome:

@@ -1,8 +1,12 @@
 """The training loop: sample, score, train, broadcast, log, maybe evaluate, save.
 
-Synchronous: a step samples from the weights that the step before produced. Everything random is a function of the seed
-and the step, and a checkpoint holds the learner's whole state, so a killed run that is resumed writes the same numbers
-as one left alone.
+With rollout.max_off_policy_steps k = 0 a step samples from the weights that the step before produced. Everything
+random is a function of the seed and the step, and a checkpoint holds the learner's whole state, so a killed run that is
+resumed writes the same numbers as one left alone.
+
+With k > 0 the prompts of the next k steps are handed out too, and sampled while the learner trains. A step's prompts
+are handed out when the learner has done all but k of the steps before it, so no token is older than k policy versions,
+and each prompt belongs to its step as with k = 0: none is lost or seen twice, whatever dies.
 """
 
 import os
@@ -13,7 +17,7 @@ from contextlib import closing
 from cispo.checkpoint import list_checkpoints
 from cispo.crew import Crew
 from cispo.data import load_prompts
-from cispo.errors import RecipeError, RewardError, RunFolderError
+from cispo.errors import CispoError, LearnerLostError, RecipeError, RewardError, RunFolderError
 from cispo.evaluation import Evaluation, describe_gain, evaluate
 from cispo.group_metrics import add_groups
 from cispo.metrics import StepMetrics, Sum
@@ -23,9 +27,16 @@ from cispo.ray_runtime import ray_session
 from cispo.recipe.schema import TrainRecipe
 from cispo.resources import resolve_policy
 from cispo.rewards.statistics import verdict_shares
+from cispo.rollout.recipe_request import group_request
+from cispo.rollout.request import GroupRequest
 from cispo.run_folder import RunFolder, plain_settings
+from cispo.sampler import Collected
+from cispo.schedule import write_schedule
 from cispo.types import Prompt, Score, ScoredGroup, ScoreStatus
 from cispo.views import Views, open_views
+
+LEARNER_DEATHS_AT_A_STEP = 3
+"""Times that a learner may die after the same step before the run ends; it will not get beyond it."""
 
 
 def run_training(recipe: TrainRecipe, folder: RunFolder, *, resume: bool) -> None:
@@ -37,13 +48,12 @@ def run_training(recipe: TrainRecipe, folder: RunFolder, *, resume: bool) -> Non
     with (
         ray_session(recipe.ray),
         _views(recipe, folder) as views,
-        closing(Crew(recipe, policy_path, cores=_cores(), with_learner=True)) as crew,
+        closing(Crew(recipe, policy_path, cores=_cores(), with_learner=True, say=views.message)) as crew,
     ):
         _report_arithmetic(crew, views)
         run = _Run(recipe, folder, crew, views, prompts, heldout)
         run.start(resume=resume)
-        for step in range(run.step + 1, recipe.steps + 1):
-            run.take_step(step)
+        run.take_steps()
         run.finish()
 
 
@@ -55,7 +65,7 @@ def run_evaluation(recipe: TrainRecipe) -> None:
     heldout = load_prompts(recipe.evaluation.data, base_path=recipe.base_path)
     check_start(recipe, policy_path, None, heldout)
     with ray_session(recipe.ray), closing(Crew(recipe, policy_path, cores=_cores(), with_learner=False)) as crew:
-        evaluation = evaluate(crew, heldout, recipe.evaluation, lambda done, total: None)
+        evaluation = evaluate(crew, heldout, recipe.evaluation, recipe.rollout, lambda done, total: None)
     if not evaluation.scored_completions:
         raise RewardError(str(evaluation))
     print(evaluation)
@@ -78,6 +88,8 @@ class _Run:
         self.step = 0
         self._before: Evaluation | None = None
         self._latest: Evaluation | None = None
+        self._under_way: dict[int, list[GroupRequest]] = {}
+        self._lost_after: list[int] = []
 
     def start(self, *, resume: bool) -> None:
         """Bring weights and folder to where the run stands, and measure the policy that it started from."""
@@ -89,6 +101,7 @@ class _Run:
             self.step = int(state["step"])
             self.views.message(f"resumed from {checkpoints[-1].name}")
         self.folder.truncate_after(self.step)
+        self.crew.quarantine(self.folder.read_quarantine())
         if self.recipe.evaluation:
             # The policy that the run started from is what rollout workers hold until the first broadcast.
             self._before = self._evaluate()
@@ -106,6 +119,14 @@ class _Run:
         if not checkpoints:
             self._save()
 
+    def take_steps(self) -> None:
+        """All steps to the last. A learner that dies is started again from the last checkpoint, some times."""
+        while self.step < self.recipe.steps:
+            try:
+                self.take_step(self.step + 1)
+            except LearnerLostError as lost:
+                self._recover(lost)
+
     def take_step(self, step: int) -> None:
         started = time.perf_counter()
         metrics = StepMetrics()
@@ -117,6 +138,8 @@ class _Run:
         self.views.phase("train", 0, 0)
         metrics.update(self.crew.train(groups, step))
         metrics.update(self.crew.broadcast())
+        if self.recipe.rollout.max_off_policy_steps:
+            write_schedule(self.folder, step, groups, self.crew.weights_checksum)
         self._add_reward_statistics(metrics)
         self.step = step
         if self._evaluates_after(step):
@@ -125,6 +148,7 @@ class _Run:
         tokens = sum(rollout.completion_length_tokens for group in groups for rollout in group.rollouts)
         seconds = time.perf_counter() - started
         metrics.update({"time_s/step": seconds, "perf/completion_tokens_per_s": tokens / seconds})
+        metrics.update(self._shares(seconds))
         reduced = metrics.reduce()
         self.folder.append_metrics(step, reduced)
         self.views.step(step, reduced)
@@ -141,17 +165,61 @@ class _Run:
         self.views.message(f"policy: {newest / 'policy'}")
 
     def _sample_and_score(self, step: int, metrics: StepMetrics) -> list[ScoredGroup]:
+        """The step's groups; those of the steps that may run ahead are handed out first."""
+        last = min(step + self.recipe.rollout.max_off_policy_steps, self.recipe.steps)
+        for ahead in range(step, last + 1):
+            if ahead not in self._under_way:
+                self._under_way[ahead] = self._requests(ahead)
+                self.crew.submit(self._under_way[ahead])
+        collected = self.crew.collect(self._under_way.pop(step), self._progress("rollout"))
+        metrics.update(collected.times)
+        self._report_unsampled(step, collected)
+        if collected.failed:
+            metrics.update({"faults/unsampled": float(len(collected.failed))})
+        return collected.groups
+
+    def _requests(self, step: int) -> list[GroupRequest]:
         rollout = self.recipe.rollout
         chosen = prompts_of_step(self.prompts, rollout.prompts_per_step, seed=self.recipe.seed, step=step)
-        groups, times = self.crew.sample_and_score(
-            chosen.prompts,
-            group_size=rollout.group_size,
-            temperature=rollout.temperature,
-            stream=f"epoch {chosen.epoch}",
-            progress=self._progress("rollout"),
-        )
-        metrics.update(times)
-        return groups
+        size, temperature, stream = rollout.group_size, rollout.temperature, f"epoch {chosen.epoch}"
+        return [
+            group_request(prompt, rollout, group_size=size, temperature=temperature, stream=stream)
+            for prompt in chosen.prompts
+        ]
+
+    def _report_unsampled(self, step: int, collected: Collected) -> None:
+        """Say which prompts have no group; CispoError where none has one."""
+        self.folder.write_quarantine(self.crew.quarantined)
+        if not collected.failed:
+            return
+        first = next(iter(collected.failed.items()))
+        what = f"step {step}: {len(collected.failed)} prompts have no completions, the first {first[0]}: {first[1]}"
+        if not collected.groups:
+            raise CispoError(f"{what}; none has any: look at log.txt, then continue with --resume")
+        self.views.message(f"warning: {what}")
+
+    def _recover(self, lost: LearnerLostError) -> None:
+        """Go back to the last checkpoint with a learner started anew; the error itself once that helps no more."""
+        self._lost_after.append(self.step)
+        if self._lost_after.count(self.step) > LEARNER_DEATHS_AT_A_STEP:
+            raise lost
+        newest = list_checkpoints(self.folder.path / "checkpoints")[-1]
+        self.views.message(f"step {self.step + 1}: {lost}; the learner starts again from {newest.name}")
+        self._under_way.clear()
+        self.crew.restart_learner()
+        self.step = int(self.crew.load(newest)["step"])
+        self.folder.truncate_after(self.step)
+        self.crew.broadcast()
+
+    def _shares(self, seconds: float) -> dict[str, float]:
+        """Counts of faults, and the shares of the step in which samplers and learner had nothing to do."""
+        counts = self.crew.counts()
+        workers = self.recipe.rollout.workers
+        idle = {
+            "perf/rollout_idle_share": 1.0 - counts.pop("busy_s/rollout") / (workers * seconds),
+            "perf/learner_idle_share": 1.0 - counts.pop("busy_s/learner") / seconds,
+        }
+        return counts | {name: max(0.0, share) for name, share in idle.items()}
 
     def _report_failed_rewards(self, step: int, scores: Sequence[Score]) -> None:
         """Say what a reward said. Where all failed nothing is left to learn from, so the run stops as it stands.
@@ -183,7 +251,9 @@ class _Run:
 
     def _evaluate(self) -> Evaluation:
         assert self.recipe.evaluation is not None
-        return evaluate(self.crew, self.heldout, self.recipe.evaluation, self._progress("evaluation"))
+        return evaluate(
+            self.crew, self.heldout, self.recipe.evaluation, self.recipe.rollout, self._progress("evaluation")
+        )
 
     def _add_reward_statistics(self, metrics: StepMetrics) -> None:
         """Counters of the reward workers; what they hold depends on their caches, so all of them are times or perf."""

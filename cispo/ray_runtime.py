@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from cispo import errors
-from cispo.errors import CispoError, DeadlineError
+from cispo.errors import ActorLostError, CispoError, DeadlineError
 from cispo.recipe.schema import RaySettings
 
 Result = TypeVar("Result")
@@ -60,8 +60,8 @@ def _refuse_silent_address(address: str) -> None:
 def await_result(reference: Any, *, timeout_s: float, what: str) -> Any:
     """The value of an object reference; DeadlineError after `timeout_s` seconds, CispoErrors of an actor as they are.
 
-    what: the wait in words, such as "rollout:1 to take weights of version 3". Any other exception of an actor is a bug
-    and comes as Ray's own, with the actor's traceback.
+    what: the wait in words, such as "rollout:1 to take weights of version 3". ActorLostError where its actor is gone.
+    Any other exception of an actor is a bug and comes as Ray's own, with the actor's traceback.
     """
     import ray
 
@@ -92,6 +92,6 @@ def _death(error: Exception, what: str) -> CispoError:
         kind = getattr(errors, name.rpartition(".")[2], None)
         if name.startswith(f"{errors.__name__}.") and isinstance(kind, type) and issubclass(kind, CispoError):
             return kind(text)
-    return CispoError(
+    return ActorLostError(
         f"an actor died while the run waited for {what} ({reason}); look at its log (`ray logs`), then resume the run"
     )

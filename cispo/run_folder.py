@@ -30,10 +30,11 @@ from cispo.errors import RunFolderError
 from cispo.types import Rollout, Score, ScoredGroup
 
 RECIPE, METRICS, LOG, LOCK = "recipe.yaml", "metrics.jsonl", "log.txt", ".lock"
+QUARANTINE = "quarantine.json"
 STEP_NAME = re.compile(r"step_(\d+)(\.jsonl)?")
 _DRAFT_SUFFIX = ".draft"
 """Ends the hidden name under which a file is written before it takes its place."""
-MAY_CHANGE = frozenset({"steps", "checkpoint", "logging", "ray", "base_path"})
+MAY_CHANGE = frozenset({"steps", "checkpoint", "logging", "resources", "ray", "base_path"})
 """Top-level settings that may differ when a run is resumed: they say how long and where, not what is computed.
 
 `steps` only while the learning rate is constant."""
@@ -113,6 +114,10 @@ class RunFolder:
     def rollouts_path(self, step: int) -> Path:
         return self.path / "rollouts" / f"step_{step:06d}.jsonl"
 
+    def batch_path(self, step: int) -> Path:
+        """What the learner trained on in a step; only runs that sample ahead keep it."""
+        return self.path / "batches" / f"step_{step:06d}.npz"
+
     def checkpoint_steps(self) -> list[int]:
         """Steps with a checkpoint, in ascending order."""
         return sorted(_steps(self.path / "checkpoints"))
@@ -142,12 +147,25 @@ class RunFolder:
         lines = (json.dumps(record, default=_plain) + "\n" for group in groups for record in _records(step, group))
         write_atomically(self.rollouts_path(step), lines)
 
+    def read_quarantine(self) -> dict[str, str]:
+        """Prompts that the run samples no more, by id, with the reasons."""
+        path = self.path / QUARANTINE
+        if not path.is_file():
+            return {}
+        return {str(name): str(reason) for name, reason in json.loads(path.read_text(encoding="utf-8")).items()}
+
+    def write_quarantine(self, prompts: Mapping[str, str]) -> None:
+        """Keep them for a resumed run; nothing is written while there are none."""
+        if prompts and dict(prompts) != self.read_quarantine():
+            write_atomically(self.path / QUARANTINE, json.dumps(prompts, indent=1) + "\n")
+
     def truncate_after(self, step: int) -> None:
         """Forget metrics lines and rollouts of later steps, which a resumed run does again, and what a kill left."""
         write_atomically(self.metrics_path, [line for line, record in self._metrics_lines() if record["step"] <= step])
         for later in _steps(self.path / "rollouts"):
             if later > step:
                 self.rollouts_path(later).unlink()
+                self.batch_path(later).unlink(missing_ok=True)
         for place in (self.path, self.path / "rollouts"):
             for draft in place.glob(f".*{_DRAFT_SUFFIX}"):
                 draft.unlink()

@@ -142,10 +142,11 @@ class Score:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """The completions of one prompt that were sampled together."""
+    """The completions of one prompt that were sampled together. stream: as in the request for them."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    stream: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from cispo.cli import main
 from cispo.errors import RunFolderError
 from cispo.evaluation import evaluate
-from cispo.recipe.schema import EvaluationSettings
+from cispo.recipe.schema import EvaluationSettings, RolloutSettings
+from cispo.rollout.request import GroupRequest
 from cispo.run_folder import RunFolder
+from cispo.sampler import Collected
 from cispo.types import Prompt, Score, ScoredGroup, ScoreStatus
 
 RECIPE = """\
@@ -273,15 +275,17 @@ def test_a_completion_that_is_no_text(folder: Path, capsys: pytest.CaptureFixtur
 
 def test_an_evaluation_tells_what_the_reward_said() -> None:
     class FailingCrew:
-        def sample_and_score(self, prompts: list[Prompt], **_: object) -> tuple[list[ScoredGroup], dict[str, float]]:
+        def sample_and_score(self, requests: list[GroupRequest], progress: object) -> Collected:
             failed = Score(0.0, ScoreStatus.ERROR, message="reward 'r': raised OSError: gone")
-            return [ScoredGroup(prompt, (), ()) for prompt in prompts[:-1]] + [
-                ScoredGroup(prompts[-1], ("a rollout",), (failed,))  # type: ignore[arg-type] # only counted here
-            ], {}
+            groups = [ScoredGroup(request.prompt, (), ()) for request in requests[:-1]] + [
+                ScoredGroup(requests[-1].prompt, ("a rollout",), (failed,))  # type: ignore[arg-type] # only counted here
+            ]
+            return Collected(groups, {}, {})
 
     crew: Any = FailingCrew()
     settings = EvaluationSettings.model_validate({"data": {"path": "unused"}})
-    found = evaluate(crew, [Prompt("a", "?"), Prompt("b", "?")], settings, lambda done, total: None)
+    rollout = RolloutSettings(prompts_per_step=1, max_completion_tokens=1)
+    found = evaluate(crew, [Prompt("a", "?"), Prompt("b", "?")], settings, rollout, lambda done, total: None)
     text = "pass@1 unknown: the reward failed on all 1 completions of 2 prompts; the first: "
     assert str(found) == f"{text}reward 'r': raised OSError: gone"
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import ray
 
-from cispo.crew import Crew, gpu_share
+from cispo.crew import Crew
 from cispo.errors import BroadcastError, CheckpointError, CispoError, DeadlineError
 from cispo.ray_runtime import await_result, ray_session
+from cispo.placement import gpu_share
 from cispo.recipe.schema import RaySettings, TrainRecipe
+from cispo.rollout.request import GroupRequest
 from cispo.types import Group, Prompt, ScoredGroup
 
 PROMPTS = [Prompt(f"p{index}", "ask" * (1 + index % 3)) for index in range(7)]
@@ -59,11 +61,14 @@ def crew(recipe: TrainRecipe, small_policy_folder: Path) -> Iterator[Crew]:
         crew.close()
 
 
+def requests(prompts: list[Prompt], stream: str = "0") -> list[GroupRequest]:
+    return [GroupRequest(prompt, 4, stream=stream) for prompt in prompts]
+
+
 def sample(crew: Crew, prompts: list[Prompt], stream: str = "0") -> list[ScoredGroup]:
-    groups, _ = crew.sample_and_score(
-        prompts, group_size=4, temperature=1.0, stream=stream, progress=lambda done, total: None
-    )
-    return groups
+    found = crew.sample_and_score(requests(prompts, stream), lambda done, total: None)
+    assert not found.failed
+    return found.groups
 
 
 def tokens(groups: list[ScoredGroup]) -> dict[str, list[list[int]]]:
@@ -74,12 +79,13 @@ def tokens(groups: list[ScoredGroup]) -> dict[str, list[list[int]]]:
 
 def test_groups_come_in_the_order_of_the_prompts_and_the_same_from_any_worker(crew: Crew) -> None:
     done: list[tuple[int, int]] = []
-    groups, times = crew.sample_and_score(
-        PROMPTS, group_size=4, temperature=1.0, stream="0", progress=lambda *count: done.append(count)
-    )
+    found = crew.sample_and_score(requests(PROMPTS), lambda *count: done.append(count))
+    groups = found.groups
     assert [group.prompt for group in groups] == PROMPTS
-    assert done == [(count, 7) for count in range(1, 8)]
-    assert set(times) == {"time_s/rollout", "time_s/reward"}
+    assert done[0] == (0, 7)
+    assert done[-1] == (7, 7)
+    assert done == sorted(set(done))
+    assert set(found.times) == {"time_s/rollout", "time_s/reward"}
     for group in groups:
         assert [rollout.completion_index for rollout in group.rollouts] == [0, 1, 2, 3]
         assert [score.value for score in group.scores] == [len(rollout.text) % 3 for rollout in group.rollouts]
@@ -116,9 +122,18 @@ def test_weights_with_another_checksum_are_refused(crew: Crew, monkeypatch: pyte
             return replace(ray.get(self._learner.weights.remote()), checksum="0" * 32)
 
     stand_in: Any = ray.remote(Liar)
-    monkeypatch.setattr(crew, "_learner", stand_in.options(num_cpus=0).remote(crew._learner))
-    with pytest.raises(BroadcastError, match=r"rollout:0 holds weights version \d+ with checksum .* checksum 0{32};"):
+    assert crew._learner is not None
+    with monkeypatch.context() as lying:
+        lying.setattr(crew._learner, "actor", stand_in.options(num_cpus=0).remote(crew._learner.actor))
+        with pytest.raises(BroadcastError, match=r"rollout:0 holds weights version \d+ with .* checksum 0{32};"):
+            crew.broadcast()
+        # A worker with groups in hand takes weights unseen; then what it samples is not used.
+        crew.submit(requests(PROMPTS))
         crew.broadcast()
+        with pytest.raises(BroadcastError, match=r"rollout:\d holds weights version \d+ with .* checksum 0{32};"):
+            crew.collect(requests(PROMPTS), lambda *_: None)
+    crew._sampler.forget_all()
+    crew.broadcast()
 
 
 def test_a_deadline_names_the_actor_that_is_waited_for(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,20 +143,6 @@ def test_a_deadline_names_the_actor_that_is_waited_for(crew: Crew, monkeypatch: 
         sample(crew, [Prompt("slow", "wait")])
     (crew._recipe.base_path / "go").touch()
     assert len(sample(crew, PROMPTS)) == 7
-
-
-def test_a_rollout_worker_that_dies_in_mid_stream_is_named(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Mortal:
-        def sample(self, request: Any) -> Iterator[Group]:
-            import os
-
-            yield Group(request.prompts[0], ())
-            os._exit(1)
-
-    stand_in: Any = ray.remote(Mortal)
-    monkeypatch.setattr(crew, "_rollout", [stand_in.options(num_cpus=0).remote()])
-    with pytest.raises(CispoError, match="an actor died while the run waited for rollout:0 to sample a group"):
-        sample(crew, PROMPTS)
 
 
 def test_what_a_constructor_says_is_wrong_is_what_the_user_reads(crew: Crew) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -18,7 +18,9 @@ from cispo.crew import Crew
 from cispo.errors import RewardError
 from cispo.loop import _Run
 from cispo.recipe.schema import TrainRecipe
+from cispo.rollout.request import GroupRequest
 from cispo.run_folder import RunFolder
+from cispo.sampler import Collected
 from cispo.types import Prompt, Rollout, Score, ScoredGroup, ScoreStatus, StopReason, Turn
 from cispo.views import Views
 
@@ -38,11 +40,21 @@ class ToyCrew:
         self._recipe, self._kill = recipe, kill
         self._learner, self._rollout = (torch.tensor([1.0, 0.0], dtype=torch.float64) for _ in range(2))
 
-    def sample_and_score(
-        self, prompts: Sequence[Prompt], *, group_size: int, temperature: float, stream: str, progress: object
-    ) -> tuple[list[ScoredGroup], dict[str, float]]:
-        groups = [self._group(prompt, group_size, stream) for prompt in prompts]
-        return groups, {"time_s/rollout": 1.0, "time_s/reward": 1.0}
+    def submit(self, requests: Sequence[GroupRequest]) -> None: ...
+
+    def collect(self, requests: Sequence[GroupRequest], progress: object) -> Collected:
+        groups = [self._group(request.prompt, request.group_size, request.stream) for request in requests]
+        return Collected(groups, {}, {"time_s/rollout": 1.0, "time_s/reward": 1.0})
+
+    def sample_and_score(self, requests: Sequence[GroupRequest], progress: object) -> Collected:
+        return self.collect(requests, progress)
+
+    def quarantine(self, prompts: dict[str, str]) -> None: ...
+
+    quarantined: ClassVar[dict[str, str]] = {}
+
+    def counts(self) -> dict[str, float]:
+        return {"busy_s/rollout": 1.0, "busy_s/learner": 1.0}
 
     def _group(self, prompt: Prompt, group_size: int, stream: str) -> ScoredGroup:
         weight, version = self._rollout.tolist()
@@ -130,8 +142,7 @@ def run(
         crew, shown = cast(Crew, ToyCrew(recipe, kill)), cast(Views, views)
         running = _Run(recipe, folder, crew, shown, PROMPTS, HELDOUT)
         running.start(resume=resume)
-        for step in range(running.step + 1, recipe.steps + 1):
-            running.take_step(step)
+        running.take_steps()
         running.finish()
     finally:
         folder.close()

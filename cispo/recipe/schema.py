@@ -60,7 +60,9 @@ class RolloutSettings(Section):
     max_concurrent_completions: int = Field(default=256, ge=1)
     """Completions that one rollout actor decodes at a time; it bounds memory and changes no result."""
     max_off_policy_steps: int = Field(default=0, ge=0)
-    """Training steps that sampling may run ahead of the learner; this version has 0, which is synchronous."""
+    """Training steps that sampling may run ahead of the learner, its weights updated in flight; 0 is synchronous."""
+    caches_after_update: Literal["keep", "recompute"] = "keep"
+    """What completions under way do when weights change: go on from the states they have, or read all again."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """Seconds to wait for a step's completions before the run ends with an error."""
 
@@ -83,16 +85,6 @@ class RolloutSettings(Section):
             raise ValueError(
                 f"must be {neutral} in training, got {value:g}: sampling from a cut distribution makes every "
                 "importance ratio wrong, since the learner's logprobs are those of the whole one; use temperature"
-            )
-        return value
-
-    @field_validator("max_off_policy_steps")
-    @classmethod
-    def _is_synchronous(cls, value: int) -> int:
-        if value > 0:
-            raise ValueError(
-                f"must be 0, got {value}: sampling ahead of the learner is not there in this version; "
-                "with 0 each step samples from the newest weights"
             )
         return value
 
@@ -145,6 +137,13 @@ class RaySettings(Section):
     """Seconds to wait for one call of an actor, such as a training step or a broadcast."""
 
 
+class ResourcesSettings(Section):
+    """Which processes share what."""
+
+    placement: Literal["auto", "colocated", "split"] = "auto"
+    """`colocated` has engine and learner in one process over one copy of the weights, which `auto` takes on one GPU."""
+
+
 class TrainRecipe(Section):
     """A whole reinforcement-learning run."""
 
@@ -168,6 +167,7 @@ class TrainRecipe(Section):
     """Null measures nothing."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
+    resources: ResourcesSettings = ResourcesSettings()
     ray: RaySettings = RaySettings()
     base_path: Path = Path(".")
     """Folder that relative paths in the recipe start from, before the working one; the recipe's own if not set."""

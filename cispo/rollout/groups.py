@@ -79,7 +79,7 @@ class Groups:
         sequence.stage, sequence.aside, sequence.states = Stage.ENDED, None, None
         if len(group.rollouts) == group.request.group_size:
             in_order = tuple(group.rollouts[index] for index in range(group.request.group_size))
-            self.finished.append(Group(group.request.prompt, in_order))
+            self.finished.append(Group(group.request.prompt, in_order, group.request.stream))
             del self._under_way[group.order]
 
     def fail(self, group: GroupState, message: str) -> None:
