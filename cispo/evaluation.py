@@ -28,13 +28,16 @@ class Evaluation:
     """What the reward said where it failed first."""
     parts: tuple[str, ...] = ()
     """The value of `evaluation.by` of each prompt; empty without that setting."""
+    pass_at: tuple[int, ...] = ()
+    """Further k that pass@k is given for."""
 
     def metrics(self) -> dict[str, float]:
         """Over all prompts as eval/heldout/..., and as eval/heldout.PART/... over those of each part."""
-        metrics = evaluation_metrics(NAME, self.outcomes)
+        metrics = evaluation_metrics(NAME, self.outcomes, pass_at=self.pass_at)
         for part in dict.fromkeys(self.parts):
             chosen = [outcome for outcome, its in zip(self.outcomes, self.parts, strict=True) if its == part]
-            metrics |= evaluation_metrics(f"{NAME}.{_NO_NAME.sub('_', part)}", chosen)
+            name = f"{NAME}.{_NO_NAME.sub('_', part)}"
+            metrics |= evaluation_metrics(name, chosen, pass_at=self.pass_at)
         return metrics
 
     @property
@@ -95,6 +98,7 @@ def evaluate(
         tuple(outcomes.get(prompt.id, unsampled) for prompt in prompts),
         next(failed, next(iter(found.failed.values()), "")),
         tuple(str(prompt.row[settings.by]) for prompt in prompts) if settings.by is not None else (),
+        settings.pass_at,
     )
 
 
