@@ -9,7 +9,7 @@ from cispo.recipe.schema import EvaluationSettings, RolloutSettings
 from cispo.rollout.recipe_request import group_request
 from cispo.sampler import Progress
 from cispo.statistics import Estimate, PromptOutcome, evaluation_metrics, paired_gain, pass_at_1
-from cispo.types import Prompt, Score, ScoredGroup, ScoreStatus
+from cispo.types import Prompt, ScoredGroup, ScoreStatus
 
 NAME = "heldout"
 """The evaluation's name in metrics: eval/heldout/..."""
@@ -109,7 +109,7 @@ def _outcome(group: ScoredGroup) -> PromptOutcome:
         if score.status is ScoreStatus.OK
     ]
     return PromptOutcome(
-        correct=tuple(_is_correct(score) for _, score in scored),
+        correct=tuple(score.is_correct for _, score in scored),
         well_formed=tuple(
             score.parts.get("well_formed", 1.0) >= 1.0 and not rollout.is_truncated for rollout, score in scored
         ),
@@ -117,11 +117,6 @@ def _outcome(group: ScoredGroup) -> PromptOutcome:
         lengths_tokens=tuple(rollout.completion_length_tokens for rollout, _ in scored),
         errors=len(group.rollouts) - len(scored),
     )
-
-
-def _is_correct(score: Score) -> bool:
-    """By the part `correct` where a reward gives one, else a full reward."""
-    return score.parts.get("correct", score.value) >= 1.0
 
 
 def describe_gain(before: Evaluation, after: Evaluation) -> list[str]:
