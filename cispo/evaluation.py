@@ -94,10 +94,11 @@ def evaluate(
     outcomes = {group.prompt.id: _outcome(group) for group in found.groups}
     unsampled = PromptOutcome((), (), (), (), errors=size)
     failed = (score.message for group in found.groups for score in group.scores if score.status is not ScoreStatus.OK)
+    parts = tuple(str(prompt.row[settings.by]) for prompt in prompts) if settings.by is not None else ()
     return Evaluation(
         tuple(outcomes.get(prompt.id, unsampled) for prompt in prompts),
         next(failed, next(iter(found.failed.values()), "")),
-        tuple(str(prompt.row[settings.by]) for prompt in prompts) if settings.by is not None else (),
+        parts,
         settings.pass_at,
     )
 

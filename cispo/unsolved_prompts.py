@@ -32,7 +32,7 @@ class UnsolvedPrompts:
 
     def __init__(self, prompts: Sequence[Prompt], per_step: int, *, seed: int, solved_at: float) -> None:
         if len(prompts) < per_step:
-            raise ValueError(f"{len(prompts)} prompts are fewer than {per_step}, those of a step; lower prompts_per_step")
+            raise ValueError(f"{len(prompts)} prompts are fewer than {per_step} of a step; lower prompts_per_step")
         self._prompts = list(prompts)
         self._per_step = per_step
         self._seed = seed

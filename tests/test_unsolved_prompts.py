@@ -95,5 +95,5 @@ def test_what_cannot_be_resumed_says_so() -> None:
     strange = {"pass_rates": {}, "passes": [{"first_step": 1, "without": ["other"]}]}
     with pytest.raises(CheckpointError, match="leaves out the prompt 'other', which the data lack"):
         table().load_state_dict(strange)
-    with pytest.raises(ValueError, match="12 prompts are fewer than 13, those of a step"):
+    with pytest.raises(ValueError, match="12 prompts are fewer than 13 of a step"):
         UnsolvedPrompts(PROMPTS, 13, seed=0, solved_at=0.9)
