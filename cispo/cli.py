@@ -1,4 +1,4 @@
-"""The command line: `cispo train|sft|eval|export|reward|view|inspect|recipes|version`.
+"""The command line: `cispo train|sft|eval|export|generate|reward|view|inspect|recipes|version`.
 
 Commands import what they need when they run, so that help is instant.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import cispo
+from cispo import cli_generate
 from cispo.errors import CispoError, RecipeError
 
 EXIT_MISTAKE = 2
@@ -25,6 +26,7 @@ examples:
   cispo train code --name first --resume            go on where it stopped
   cispo eval code --policy runs/first/checkpoints/step_000010/policy
   cispo export runs/first my_policy                 the newest policy, for transformers and for another run
+  cispo generate bundled:tiny 'Write a function f(x) that returns x + 1.' --temperature 0
 """
 
 
@@ -33,15 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, extra = _parser().parse_known_args(given)
-    unknown = [argument for argument in extra if argument.startswith("-") or "words" not in options]
+    takes_more = "words" in options or "prompts" in options
+    unknown = [argument for argument in extra if argument.startswith("-") or not takes_more]
     if unknown:
         _parser().error(f"unrecognised arguments: {' '.join(unknown)}")
     command: Callable[[argparse.Namespace], int] = options.command
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        # argparse takes only the words before the first option; those after it are left over.
         if "words" in options:
-            # argparse takes only the words before the first option; those after it are left over.
             _split_words(options, [*options.words, *extra])
+        elif takes_more:
+            options.prompts = [*options.prompts, *extra]
         return command(options)
     except CispoError as error:
         _print_error(error)
@@ -220,6 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     which = command.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="the checkpoint after this step (default: the newest)")
     which.add_argument("--best", action="store_true", help="the best one by checkpoint.keep_best, or pass@1 held out")
+
+    command = _add(commands, "generate", cli_generate.run, "let a policy answer prompts")
+    cli_generate.add_options(command)
 
     command = _add(commands, "reward", reward, "run one reward over a file of completions")
     command.add_argument("reward", metavar="REWARD", help="FILE.py:FUNCTION, PACKAGE.MODULE:FUNCTION, or a built-in")

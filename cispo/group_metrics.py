@@ -33,5 +33,6 @@ def add_groups(metrics: StepMetrics, groups: Sequence[ScoredGroup], *, full_rewa
         metrics.add("completion/length_tokens/mean", Mean(rollout.completion_length_tokens))
         metrics.add("completion/length_tokens/max", Max(rollout.completion_length_tokens))
         metrics.add("completion/frac_truncated", Mean(rollout.is_truncated))
+        metrics.add("completion/frac_interrupted", Mean(rollout.is_interrupted))
         for reason in StopReason:
             metrics.add(f"stop/{reason}", Mean(rollout.stop_reason is reason))

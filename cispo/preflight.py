@@ -14,6 +14,7 @@ from cispo.model.checkpoint import check_weights, read_config
 from cispo.model.tokenizer import Tokenizer
 from cispo.recipe.schema import TrainRecipe
 from cispo.rewards.loaded import load_rewards
+from cispo.rollout.recipe_request import refuse_no_room_for_answers
 from cispo.sandboxes.backends import check_backend
 from cispo.types import Prompt
 
@@ -33,6 +34,7 @@ def check_start(
     needed = recipe.rollout.prompts_per_step
     if prompts is not None and len(prompts) < needed:
         raise DataError(f"data.path has {len(prompts)} prompts, rollout.prompts_per_step is {needed}; lower the latter")
+    refuse_no_room_for_answers(recipe.rollout, tokenizer)
     _refuse_long_prompts(tokenizer, (*(prompts or ()), *heldout), recipe.rollout.max_prompt_tokens)
     if recipe.ray.address is None:
         # The actors will run on this machine; of another cluster's machines nothing can be told from here.

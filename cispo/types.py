@@ -79,8 +79,9 @@ class Turn:
 class Rollout:
     """One sampled completion of one prompt: `completion_index` of the `group_size` in its group.
 
-    text is the completion decoded without special tokens, over all turns. prompt_expert_ids_TLK: as in Turn, of the
-    prompt's tokens from the second on.
+    text is the completion decoded without special tokens, over all turns, and before the string that stopped it.
+    prompt_expert_ids_TLK: as in Turn, of the prompt's tokens from the second on. is_interrupted: whether its budget of
+    thinking was spent, so that tokens which are not the policy's were put in.
     """
 
     prompt_id: str
@@ -90,6 +91,7 @@ class Rollout:
     stop_reason: StopReason
     text: str
     prompt_expert_ids_TLK: ExpertIdArray | None = None
+    is_interrupted: bool = False
 
     @property
     def expert_ids_TLK(self) -> ExpertIdArray | None:

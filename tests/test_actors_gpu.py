@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from cispo.actors import LearnerActor, RolloutWorker, SampleRequest
+from cispo.actors import ColocatedActor, LearnerActor, RolloutWorker
 from cispo.broadcast import verify_receipt
 from cispo.recipe.schema import TrainRecipe
-from cispo.types import Prompt, Score, ScoredGroup
+from cispo.rollout.request import GroupRequest
+from cispo.types import Group, Prompt, Score, ScoredGroup
 
 
 @pytest.fixture
@@ -21,6 +22,21 @@ def settings_restored() -> Iterator[None]:
     torch.set_num_threads(before[0])
     torch.use_deterministic_algorithms(before[1])
     memory.fill_uninitialized_memory = before[2]
+
+
+def sample(worker: RolloutWorker, prompts: tuple[Prompt, ...], stream: str) -> list[ScoredGroup]:
+    """A group of six completions of each prompt, scored by their lengths."""
+    requests = tuple(GroupRequest(prompt, 6, stream=stream) for prompt in prompts)
+    sampled: dict[str, Group] = {}
+    while len(sampled) < len(prompts):
+        done = worker.run_slice(requests, 0.25)
+        assert not done.failures
+        sampled |= {group.prompt.id: group for group in done.groups}
+        requests = ()
+    return [
+        ScoredGroup(g.prompt, g.rollouts, tuple(Score(float(len(r.text) % 3)) for r in g.rollouts))
+        for g in (sampled[prompt.id] for prompt in prompts)
+    ]
 
 
 @pytest.mark.gpu
@@ -39,19 +55,27 @@ def test_two_steps_repeat_bit_for_bit(settings_restored: None, small_policy_fold
     prompts = tuple(Prompt(f"p{length}", "x" * length) for length in (1, 30, 61, 62))
 
     def run() -> tuple[list[Any], str]:
-        worker, learner = RolloutWorker(recipe, small_policy_folder, 1), LearnerActor(recipe, small_policy_folder, 1)
+        worker = RolloutWorker(recipe, small_policy_folder, 1, "rollout:0")
+        learner = LearnerActor(recipe, small_policy_folder, 1)
         seen: list[Any] = []
         for step in (1, 2):
-            sampled = {group.prompt.id: group for group in worker.sample(SampleRequest(prompts, 6, 1.0, str(step)))}
-            groups = [
-                ScoredGroup(g.prompt, g.rollouts, tuple(Score(float(len(r.text) % 3)) for r in g.rollouts))
-                for g in map(sampled.__getitem__, (prompt.id for prompt in prompts))
-            ]
+            groups = sample(worker, prompts, str(step))
             metrics = learner.train(groups, step)
             seen += [rollout.logprobs_T.tolist() for group in groups for rollout in group.rollouts]
             seen.append({name: v for name, v in metrics.items() if not name.startswith(("time_s/", "perf/"))})
             weights = learner.weights()
-            verify_receipt("rollout:0", weights, *worker.update_weights(weights))
+            verify_receipt("rollout:0", weights.proof, *worker.update_weights(weights))
         return seen, weights.checksum
 
-    assert run() == run()
+    def run_colocated() -> tuple[list[Any], str]:
+        actor = ColocatedActor(recipe, small_policy_folder, 1, "rollout:0")
+        seen: list[Any] = []
+        for step in (1, 2):
+            groups = sample(actor, prompts, str(step))
+            metrics = actor.train(groups, step)
+            seen += [rollout.logprobs_T.tolist() for group in groups for rollout in group.rollouts]
+            seen.append({name: v for name, v in metrics.items() if not name.startswith(("time_s/", "perf/"))})
+            assert actor.share_weights() == step
+        return seen, actor.weights().checksum
+
+    assert run() == run() == run_colocated()

@@ -137,6 +137,11 @@ CASES: dict[str, tuple[Break, list[str], str]] = {
         "prompts.jsonl:2: no column 'question' for 'prompt'; the columns are key; map it with data.columns.prompt",
     ),
     "too few prompts": (lambda _: None, ["data.limit=3"], "data.path has 3 prompts, rollout.prompts_per_step is 4"),
+    "no room for answers": (
+        lambda _: None,
+        ["rollout.thinking.tokens=2", "rollout.thinking.interruption=</think>"],
+        "rollout.thinking.tokens is 2, and the interruption has 8 tokens: nothing of rollout.max_completion_tokens 4",
+    ),
     "long prompt": (lambda _: None, ["rollout.max_prompt_tokens=5"], "tokens, rollout.max_prompt_tokens is 5; raise"),
     "reward not there": (write("rewards.py", "x = 1\n"), [], "r.yaml:6 rewards.0.name: reward 'rewards.py:reward': "),
     "reward that cannot be imported": (write("rewards.py", "import nowhere\n"), [], "(rewards.py:1)"),
@@ -271,6 +276,19 @@ def test_a_completion_that_is_no_text(folder: Path, capsys: pytest.CaptureFixtur
     assert main(["sft", "s.yaml"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pairs.jsonl: the completion of row a is no text but int; map a text column")
+
+
+def test_logits_that_are_no_numbers_end_the_run_with_the_reason(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "policy" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"].fill_(torch.nan)
+    save_file(weights, file)
+    assert main(["train", "r.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("step 1: 4 prompts have no completions, the first ")
+    assert ": the policy's logits are not finite numbers; its weights are damaged; none has any: " in line
 
 
 def test_an_evaluation_tells_what_the_reward_said() -> None:

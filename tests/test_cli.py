@@ -178,7 +178,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == cispo.__version__
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "--help"], ["version"], ["recipes"]])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["generate", "--help"], ["version"], ["recipes"]])
 def test_help_is_light(words: list[str]) -> None:
     program = textwrap.dedent(f"""
         import sys

@@ -10,11 +10,11 @@ import ray
 
 from cispo.crew import Crew
 from cispo.errors import BroadcastError, CheckpointError, CispoError, DeadlineError
-from cispo.ray_runtime import await_result, ray_session
 from cispo.placement import gpu_share
+from cispo.ray_runtime import await_result, ray_session
 from cispo.recipe.schema import RaySettings, TrainRecipe
 from cispo.rollout.request import GroupRequest
-from cispo.types import Group, Prompt, ScoredGroup
+from cispo.types import Prompt, ScoredGroup
 
 PROMPTS = [Prompt(f"p{index}", "ask" * (1 + index % 3)) for index in range(7)]
 REWARD = """\

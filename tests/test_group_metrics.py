@@ -38,6 +38,7 @@ def test_rows_of_a_step() -> None:
             "completion/length_tokens/mean": (30 + 30 + 60 + 10) / 8,
             "completion/length_tokens/max": 30.0,
             "completion/frac_truncated": 2 / 8,
+            "completion/frac_interrupted": 0.0,
             **{f"stop/{reason}": 0.0 for reason in StopReason},
             "stop/eos": 6 / 8,
             "stop/length": 2 / 8,

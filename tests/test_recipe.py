@@ -136,10 +136,21 @@ def test_every_mistake_is_reported_at_once_in_the_order_of_the_file(write: Write
         ("prompts_per_step: 16", "prompts_per_step: 16\n  top_k: 5", "r.yaml:9 rollout.top_k: must be 0 in training"),
         ("prompts_per_step: 16", "prompts_per_step: 16\n  min_p: .1", "r.yaml:9 rollout.min_p: must be 0 in training"),
         ("prompts_per_step: 16", "prompts_per_step: 16\n  group_size: 1", "r.yaml:9 rollout.group_size: must be at le"),
+        ("prompts_per_step: 16", "prompts_per_step: 16\n  stop_strings: ['']", "r.yaml:9 rollout.stop_strings.0: "),
         (
             "prompts_per_step: 16",
-            "prompts_per_step: 16\n  max_off_policy_steps: 1",
-            "r.yaml:9 rollout.max_off_policy_steps: must be 0, got 1: sampling ahead of the learner is not there",
+            "prompts_per_step: 16\n  thinking: {tokens: 32}",
+            "r.yaml:9 rollout.thinking.tokens: is 32 with max_completion_tokens 32: nothing would be left",
+        ),
+        (
+            "prompts_per_step: 16",
+            "prompts_per_step: 16\n  thinking: {tokens: 8, end: '</t>'}",
+            "r.yaml:9 rollout.thinking.interruption: must hold '</t>', which ends thinking",
+        ),
+        (
+            "prompts_per_step: 16",
+            "prompts_per_step: 16\n  repetition: {probability: 1}",
+            "r.yaml:9 rollout.repetition.probability: ",
         ),
         (
             "prompts_per_step: 16",

@@ -37,6 +37,39 @@ class PolicySettings(Section):
     """`auto` takes CUDA where there is a device, else the CPU."""
 
 
+class ThinkingSettings(Section):
+    """A budget of thinking: a completion that has not ended it by then is interrupted, and goes on with its answer.
+
+    The tokens put in are not the policy's and carry no loss.
+    """
+
+    tokens: int = Field(ge=1)
+    """Tokens of a completion after which its thinking is interrupted; MiniMax-M1 had 40,000 and 80,000."""
+    end: str = Field(default="</think>", min_length=1)
+    """Text that ends thinking; a completion that has it is not interrupted."""
+    interruption: str = Field(
+        default="Okay, time is up. Let me stop thinking and formulate a final answer now.</think>", min_length=1
+    )
+    """Text that is put in, what ends thinking included."""
+
+    @model_validator(mode="after")
+    def _interruption_ends_thinking(self) -> "ThinkingSettings":
+        if self.end not in self.interruption:
+            raise ValueError(
+                f"interruption must hold {self.end!r}, which ends thinking: else the completion goes on thinking"
+            )
+        return self
+
+
+class RepetitionSettings(Section):
+    """Ends a completion that goes round in circles; it counts as truncated (MiniMax-M1 report, section 4.2)."""
+
+    tokens: int = Field(default=3000, ge=1)
+    """Tokens in a row that must be almost certain."""
+    probability: float = Field(default=0.99, gt=0, lt=1)
+    """Probability above which a token is almost certain."""
+
+
 class RolloutSettings(Section):
     """How completions are sampled for training."""
 
@@ -56,6 +89,12 @@ class RolloutSettings(Section):
     """Most likely tokens kept; only 0 (all) is accepted."""
     min_p: float = 0.0
     """Least probability relative to the likeliest token; only 0 is accepted."""
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a completion, in training and evaluation; rewards see the text before the one that did."""
+    thinking: ThinkingSettings | None = None
+    """Interrupts long thinking, in training and evaluation; null never does."""
+    repetition: RepetitionSettings | None = None
+    """Ends repetitive completions, in training and evaluation; null never does, `{}` has MiniMax-M1's rule."""
     workers: int = Field(default=1, ge=1)
     """Rollout actors; each holds a copy of the policy and samples its share of a step's groups."""
     max_concurrent_completions: int = Field(default=256, ge=1)
@@ -90,6 +129,15 @@ class RolloutSettings(Section):
                 "importance ratio wrong, since the learner's logprobs are those of the whole one; use temperature"
             )
         return value
+
+    @model_validator(mode="after")
+    def _budget_leaves_room(self) -> "RolloutSettings":
+        if self.thinking is not None and self.thinking.tokens >= self.max_completion_tokens:
+            raise ValueError(
+                f"thinking.tokens is {self.thinking.tokens} with max_completion_tokens {self.max_completion_tokens}: "
+                "nothing would be left for an answer; lower the former or raise the latter"
+            )
+        return self
 
 
 class EvaluationSettings(Section):

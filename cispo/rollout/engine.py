@@ -8,7 +8,7 @@ B sequences of a step.
 """
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +33,7 @@ from cispo.rollout.sampling import noise_key
 from cispo.rollout.sequence import OpenTurn, ParkedGroup, RequestFailure, Stage
 from cispo.rollout.sequence import Sequence as Completion
 from cispo.rollout.slots import SlotArrays
-from cispo.types import Group, StopReason
+from cispo.types import Group, Rollout, StopReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +199,16 @@ class Engine:
         turns, self._groups.turns = self._groups.turns, []
         return turns
 
+    def tokens_so_far(self) -> Iterator[tuple[GroupRequest, int, npt.NDArray[np.int32]]]:
+        """Request, index and tokens after the prompt of each completion that has a slot; read them before `step`."""
+        for slot, completion in self._room.in_slot.items():
+            yield completion.group.request, completion.index, self._arrays.ids_ST[slot, : self._arrays.count_S[slot]]
+
+    def rollouts_so_far(self) -> Iterator[tuple[GroupRequest, Rollout]]:
+        """Completions that have ended, of groups that have not."""
+        for group in self._groups.in_order():
+            yield from ((group.request, rollout) for rollout in group.rollouts.values())
+
     def extend(self, turn: OpenTurn, token_ids: Sequence[int]) -> bool:
         """Go on with a turn after these tokens, which are not the policy's and carry no loss.
 
@@ -324,6 +334,7 @@ class Engine:
         ends.end_thinking(self._arrays, completion)
         if not self._put_in(completion, completion.group.forced_ids):
             return StopReason.LENGTH
+        completion.is_interrupted = True
         self.interruptions += 1
         return None
 

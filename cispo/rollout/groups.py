@@ -73,6 +73,7 @@ class Groups:
             stop_reason=reason,
             text=ends.text_before_stop(sequence) if is_cut else self._tokenizer.decode(tokens.ids_T.tolist()),
             prompt_expert_ids_TLK=group.prompt_expert_ids_TLK,
+            is_interrupted=sequence.is_interrupted,
         )
         self.stop_reasons[reason] += 1
         self._room.vacate(sequence)
@@ -121,7 +122,7 @@ class Groups:
     def park(self, group: GroupState) -> ParkedGroup:
         """Take a group out, with all that was sampled of it."""
         completions = {
-            one.index: ParkedCompletion(self.tokens(one), one.is_thinking, one.ended_by)
+            one.index: ParkedCompletion(self.tokens(one), one.is_thinking, one.is_interrupted, one.ended_by)
             for one in group.sequences
             if one.index not in group.rollouts
         }
@@ -133,6 +134,7 @@ class Groups:
         for sequence in group.sequences:
             before = parked.completions[sequence.index]
             sequence.aside, sequence.is_thinking = before.tokens, before.is_thinking
+            sequence.is_interrupted = before.is_interrupted
             ends.follow(sequence, before.tokens)
             if before.ended_by is not None:
                 self.open_turn(sequence, before.ended_by)

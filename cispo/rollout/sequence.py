@@ -53,6 +53,7 @@ class Sequence:
     ended_by: what ended the turn that is open. aside: its tokens while it has no slot; states: what the cache held of
     it then, on the host, after `read` tokens; None where all is to be read again. text: what its tokens have made so
     far, where strings may stop it; turn_start: from which character on that is the policy's present turn.
+    is_interrupted: whether its thinking was.
     """
 
     group: GroupState
@@ -64,6 +65,7 @@ class Sequence:
     states: list[State] | None = None
     read: int = 0
     is_thinking: bool = False
+    is_interrupted: bool = False
     text_decoder: TextDecoder | None = None
     text: str = ""
     turn_start: int = 0
@@ -121,6 +123,7 @@ class ParkedCompletion:
 
     tokens: Tokens
     is_thinking: bool
+    is_interrupted: bool
     ended_by: StopReason | None
 
 

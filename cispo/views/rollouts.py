@@ -101,7 +101,7 @@ def print_group(group: Sequence[Record], console: Console) -> None:
 
 
 def facts(record: Record) -> str:
-    """One line: reward, advantage if known and parts, or why there is none; details, stop reason, length, version."""
+    """One line: reward, advantage if known and parts, or why there is none; details, end, length, version."""
     cells = [f"#{record.get('completion_index', '?')}"]
     if record.get("status") == "ok":
         cells.append(f"reward {record['reward']:.3f}")
@@ -112,6 +112,7 @@ def facts(record: Record) -> str:
         cells.append(f"{record.get('status', 'no status')}: {record.get('message') or 'no message'}")
     cells += [f"{name}={_short(value)}" for name, value in (record.get("info") or {}).items()]
     cells += [f"stop {record.get('stop_reason', '?')}", f"{record.get('completion_length_tokens', '?')} tokens"]
+    cells += ["thinking interrupted"] if record.get("is_interrupted") else []
     version = record.get("policy_version")
     if version:
         low, high = version["min"], version["max"]

@@ -163,7 +163,7 @@ def test_thinking_is_interrupted_at_its_budget_and_the_policy_goes_on(
         assert np.flatnonzero(~rollout.loss_mask_T).tolist() == list(range(given.start, given.stop))
         assert not rollout.logprobs_T[given].any() and not rollout.policy_versions_T[given].any()
         assert rollout.completion_length_tokens <= LIMIT
-    assert engine.interruptions == interrupted
+    assert engine.interruptions == interrupted == sum(rollout.is_interrupted for rollout in rollouts)
     if budget == 1:
         assert interrupted > 0
     assert engine.completion_tokens == sum(int(rollout.loss_mask_T.sum()) for rollout in rollouts)

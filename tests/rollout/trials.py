@@ -102,6 +102,7 @@ def facts(rollout: Rollout) -> tuple[Any, ...]:
         rollout.policy_versions_T.tolist(),
         rollout.stop_reason,
         rollout.text,
+        rollout.is_interrupted,
     )
 
 

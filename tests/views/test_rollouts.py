@@ -43,13 +43,14 @@ def shown(run_folder: Path, step: int | None = None, limit: int = 10) -> str:
 
 def test_a_group_is_shown_with_its_prompt_and_the_facts_of_each_completion(tmp_path: Path) -> None:
     failed = record("task-1", 1, status="error", message="the sandbox\nis gone", parts={}, info={})
-    write(tmp_path, 3, [record("task-1", 0, advantage=-0.7), failed, record("task-1", 2, stop_reason="length")])
+    cut = record("task-1", 2, stop_reason="length", is_interrupted=True)
+    write(tmp_path, 3, [record("task-1", 0, advantage=-0.7), failed, cut])
     text = shown(tmp_path)
     assert "step 3  prompt task-1  mean reward 0.250 of 2" in text
     assert text.count("Write task-1.") == 1
     assert "#0  reward 0.000  advantage -0.700  code 0.5  verdict=passed  passed=8  stop eos  17 tokens" in text
     assert "#1  error: the sandbox is gone  stop eos" in text
-    assert "#2  reward 0.500  code 0.5" in text and "stop length" in text
+    assert "#2  reward 0.500  code 0.5" in text and "stop length  17 tokens  thinking interrupted" in text
     assert "    def f():\n" in text and "        return 2\n" in text
 
 
