@@ -67,6 +67,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("group/frac_mixed", "share of groups whose rewards differ; only these carry a gradient", low=0.1,
            action="too few groups teach: see group/frac_solved_all and group/frac_solved_none"),
     Metric("group/dropped", "groups left out of the update because their rewards are all equal or masked", "groups"),
+    Metric("group/left_out_solved", "prompts that this pass over the data leaves out, solved at rollout.drop_solved_at",
+           "prompts"),
     Metric("completion/length_tokens/mean", "mean length of a completion", "tokens",
            action="a steady rise towards the limit asks for an overlong penalty; a collapse hints at a hacked reward"),
     Metric("completion/length_tokens/max", "length of the longest completion", "tokens"),

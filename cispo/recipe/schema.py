@@ -103,6 +103,8 @@ class RolloutSettings(Section):
     """Training steps that sampling may run ahead of the learner, its weights updated in flight; 0 is synchronous."""
     caches_after_update: Literal["keep", "recompute"] = "keep"
     """What completions under way do when weights change: go on from the states they have, or read all again."""
+    drop_solved_at: float | None = Field(default=None, gt=0, le=1)
+    """Pass rate of a prompt's group from which on later passes over the data leave it out (ScaleRL: 0.9)."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """Seconds to wait for a step's completions before the run ends with an error."""
 
