@@ -2,7 +2,7 @@
 # make train      set up, then train on recipes/code.yaml; RUN=name names the run folder runs/name
 # make test       set up, then lint, types and the quick tests: what every change must pass
 # make test-docker  set up, then the tests with a Docker daemon, which is installed and started where there is none
-# make test-slow  set up, then the long tests: many seeds, chaos, soak
+# make test-slow  set up, then the long tests: many seeds, chaos, soak; with a Docker daemon, as test-docker
 # make clean      remove what make made; runs/ stays
 
 PYTHON ?= python3
@@ -58,8 +58,11 @@ lint: setup
 test: lint
 	@$(BIN)/pytest -q $(PYTEST_ARGS)
 
+test-docker: MARKED := docker and not slow
+test-slow: MARKED := slow and not gpu
+
 # A daemon without a bridge changes nothing in the machine's network. It is ended only if it was started here.
-test-docker: setup
+test-docker test-slow: setup
 	@command -v dockerd >/dev/null && command -v mmdebstrap >/dev/null \
 		|| { apt-get update -qq && apt-get install -y -qq docker.io mmdebstrap >/dev/null; }
 	@log=$$(mktemp); pid=; trap '[ -z "$$pid" ] || { kill $$pid; wait $$pid || true; }; rm -f $$log' EXIT; \
@@ -69,10 +72,7 @@ test-docker: setup
 		docker info >/dev/null 2>&1 || { tail -5 $$log >&2; exit 1; }; \
 	fi; \
 	docker image inspect cispo-sandbox >/dev/null 2>&1 || $(BIN)/python -m cispo.sandboxes.build_image; \
-	$(BIN)/pytest -q -m docker $(PYTEST_ARGS)
-
-test-slow: setup
-	@$(BIN)/pytest -q -m "slow and not gpu and not docker" $(PYTEST_ARGS)
+	$(BIN)/pytest -q -m "$(MARKED)" $(PYTEST_ARGS)
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

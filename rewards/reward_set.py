@@ -27,7 +27,7 @@ from cispo.rewards.statistics import Counters
 from cispo.sandboxes.backends import open_sandbox
 from cispo.sandboxes.judge import IMPATIENT_PAUSES_S, RETRY_PAUSES_S
 from cispo.sandboxes.settings import SandboxSettings
-from cispo.sandboxes.types import Verdict, VerdictStatus
+from cispo.sandboxes.types import Sandbox, Verdict, VerdictStatus
 from cispo.sandboxes.verdict_cache import VerdictCache, verdict_key
 from cispo.types import Group, Rollout, Score, ScoreStatus
 
@@ -52,7 +52,7 @@ class RewardSet:
         self._cache = VerdictCache()
         self._counters = Counters()
         needs_sandbox = any(reward.takes("judge") or reward.takes("judge_task") for reward in self._rewards)
-        self._sandbox = open_sandbox(sandbox.backend, workers=sandbox.workers) if needs_sandbox else None
+        self._sandbox = _open(sandbox) if needs_sandbox else None
         self._has_sandbox_failed = False
         self._length_bias = {
             reward.label: LengthBias(reward.label) for reward in self._rewards if reward.settings.name == "judge"
@@ -143,6 +143,12 @@ class RewardSet:
         self._plugins.close()
         if self._sandbox is not None:
             self._sandbox.close()
+
+
+def _open(settings: SandboxSettings) -> Sandbox:
+    return open_sandbox(
+        settings.backend, workers=settings.workers, image=settings.image, runtime=settings.runtime
+    )
 
 
 def _outcome(call: Callable[[], Any]) -> Any:

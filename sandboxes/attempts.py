@@ -33,6 +33,8 @@ END_STATUS = {
     ExecStatus.TIMEOUT: TestStatus.TIMEOUT,
     ExecStatus.MEMORY_LIMIT: TestStatus.MEMORY_LIMIT,
     ExecStatus.OUTPUT_LIMIT: TestStatus.OUTPUT_LIMIT,
+    ExecStatus.PROCESS_LIMIT: TestStatus.PROCESS_LIMIT,
+    ExecStatus.DISK_LIMIT: TestStatus.DISK_LIMIT,
 }
 
 

@@ -23,8 +23,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cispo.errors import SandboxError
+from cispo.sandboxes.bounds import resource_limits
 from cispo.sandboxes.seccomp import seccomp_filter
-from cispo.sandboxes.slotted import SlottedSandbox, conclude, resource_limits
+from cispo.sandboxes.session import SERVER_SOURCE
+from cispo.sandboxes.slotted import SlottedSandbox, conclude
 from cispo.sandboxes.supervisor import OVERHEAD_PIDS, Ended, Job, Supervisor, read_reports
 from cispo.sandboxes.types import Capabilities, ExecResult, ExecStatus, Limits
 
@@ -65,17 +67,34 @@ class BubblewrapSandbox(SlottedSandbox):
     def _run_in(
         self, supervisor: Supervisor, argv: Sequence[str], stdin: bytes, files: Mapping[str, bytes], limits: Limits
     ) -> ExecResult:
+        return _result(supervisor.run(self._job(supervisor, argv, stdin, files, limits)), limits)
+
+    def _session_job(self, supervisor: Supervisor, limits: Limits) -> Job:
+        argv = [self._python, "-S", "-s", "-c", SERVER_SOURCE]
+        return self._job(supervisor, argv, b"", {}, limits, is_session=True)
+
+    def _job(
+        self,
+        supervisor: Supervisor,
+        argv: Sequence[str],
+        stdin: bytes,
+        files: Mapping[str, bytes],
+        limits: Limits,
+        *,
+        is_session: bool = False,
+    ) -> Job:
+        """The program of a session is process 1 inside and has no limit of its own on CPU seconds."""
         inputs = [] if self._seccomp is None else [self._seccomp]
         arguments = [*self._isolation(limits), *self._root, *self._writable(limits)]
         for name, content in files.items():
             arguments += ["--perms", "0644", "--file", str(FIRST_INPUT_FD + len(inputs)), f"/task/{name}"]
             inputs.append(content)
+        arguments += ["--as-pid-1"] if is_session else []
         arguments += ["--chdir", "/task", "--", *self._process_limit(supervisor, limits), *argv]
-        rlimits = resource_limits(limits)
+        rlimits = [item for item in resource_limits(limits) if not is_session or item[0] != resource.RLIMIT_CPU]
         if supervisor.slot.uid is not None:
             rlimits.append((resource.RLIMIT_NPROC, (limits.pids + OVERHEAD_PIDS,) * 2))
-        job = Job([self._bwrap, *arguments], ENVIRONMENT, "/", limits, rlimits, stdin, inputs)
-        return _result(supervisor.run(job), limits)
+        return Job([self._bwrap, *arguments], ENVIRONMENT, "/", limits, rlimits, stdin, inputs)
 
     def _isolation(self, limits: Limits) -> list[str]:
         seccomp = [] if self._seccomp is None else ["--seccomp", str(FIRST_INPUT_FD)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cispo.errors import SandboxError
-from cispo.sandboxes.slotted import MAX_OPEN_FILES
+from cispo.sandboxes.bounds import MAX_OPEN_FILES
 from cispo.sandboxes.types import Limits
 
 DEFAULT_IMAGE = "cispo-sandbox"
@@ -23,6 +23,8 @@ def connect() -> Any:
 
     try:
         client = docker.from_env(timeout=60)
+        # Else each request copies this process's environment, which another thread may be changing: a KeyError.
+        client.api.trust_env = False
         client.ping()
     except (docker.errors.DockerException, OSError) as error:
         raise SandboxError(f"no Docker daemon answers ({str(error)[:200]}); start one or set DOCKER_HOST") from error
@@ -77,14 +79,20 @@ def image_id(client: Any, name: str) -> str:
 
 
 def create_container(
-    client: Any, image: str, command: list[str], environment: dict[str, str], limits: Limits, *, runtime: str | None
-) -> Any:
-    """A container that is not started yet, closed to all but its stdin and its two folders in memory."""
+    client: Any, image: str, command: list[str], environment: dict[str, str], limits: Limits, *, runtime: str | None,
+    is_session: bool = False,
+) -> Any:  # fmt: skip
+    """A container that is not started yet, closed to all but its stdin and its two folders in memory.
+
+    The program of a session is process 1 itself, and has no limit of its own on CPU seconds.
+    """
     from docker.types import LogConfig, Ulimit
 
     file_bytes = limits.files_mib << 20
     folder = f"rw,exec,nosuid,nodev,size={limits.files_mib}m,mode=0700,uid={USER_ID},gid={USER_ID}"
     ceilings = {"nofile": MAX_OPEN_FILES, "fsize": file_bytes, "core": 0, "cpu": math.ceil(limits.cpu_s) + 1}
+    if is_session:
+        del ceilings["cpu"]
     return client.containers.create(
         image,
         command,
@@ -104,7 +112,7 @@ def create_container(
         memswap_limit=f"{limits.memory_mib}m",
         ulimits=[Ulimit(name=name, soft=value, hard=value) for name, value in ceilings.items()],
         log_config=LogConfig(type=LogConfig.types.NONE),
-        init=True,
+        init=not is_session,
         stdin_open=True,
         runtime=runtime,
     )

@@ -26,6 +26,7 @@ from typing import Any, Self
 
 from cispo.errors import SandboxClosedError, SandboxError
 from cispo.sandboxes import docker_boot
+from cispo.sandboxes.bounds import check_files, signal_of
 from cispo.sandboxes.bubblewrap import ENVIRONMENT
 from cispo.sandboxes.docker_client import (
     DEFAULT_IMAGE,
@@ -35,11 +36,13 @@ from cispo.sandboxes.docker_client import (
     reap,
     remove,
 )
-from cispo.sandboxes.docker_stream import Streams, exchange, raw_socket
-from cispo.sandboxes.slotted import check_files, signal_of
+from cispo.sandboxes.docker_stream import AttachedChannel, Streams, exchange, raw_socket
+from cispo.sandboxes.session import SERVER_SOURCE, Session
+from cispo.sandboxes.told import told_limit
 from cispo.sandboxes.types import DEFAULT_LIMITS, NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
 
 BOOT_COMMAND = ["python3", "-S", "-s", "-c", Path(docker_boot.__file__).read_text(encoding="utf-8")]
+SESSION_COMMAND = ["python3", "-S", "-s", "-c", SERVER_SOURCE]
 CONTAINER_ENVIRONMENT = {**ENVIRONMENT, "PATH": "/usr/local/bin:/usr/bin:/bin"}
 PROBE_SOURCE = "import sys; print('%d.%d.%d' % sys.version_info[:3])"
 EXIT_TIMEOUT_S = 30
@@ -62,8 +65,8 @@ class DockerSandbox:
         self._permits = threading.BoundedSemaphore(workers)
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="sandbox-containers")
         self._lock = threading.Lock()
-        self._spares: deque[Any] = deque()
-        self._spare_limits: Limits | None = None
+        self._spares = {is_session: Spares() for is_session in (False, True)}
+        self._sessions: set[Session] = set()
         self._is_closed = False
         try:
             probe = self.run(["python3", "-S", "-s", "-c", PROBE_SOURCE])
@@ -129,34 +132,76 @@ class DockerSandbox:
         exit_code = int(container.wait(timeout=EXIT_TIMEOUT_S)["StatusCode"])
         container.reload()
         was_out_of_memory = bool(container.attrs["State"]["OOMKilled"])
-        return _result(streams, _status(exit_code, was_out_of_memory), exit_code, wall_s, usage)
+        status = _status(exit_code, was_out_of_memory, bytes(streams.stderr))
+        return _result(streams, status, exit_code, wall_s, usage)
 
-    def _take(self, limits: Limits) -> Any:
+    def session(self, *, files: Mapping[str, bytes] = NO_FILES, limits: Limits = DEFAULT_LIMITS) -> Session:
+        """See Sandbox.session. Sessions are beside the programs that `workers` counts."""
+        check_files(files, limits)
+        if os.getpid() != self._owner_pid:
+            raise SandboxError(f"the sandbox belongs to process {self._owner_pid}; open one in each process")
+        with daemon_errors():
+            if self._is_closed:
+                raise SandboxClosedError("the sandbox is closed; open another")
+            session = self._start_session(self._take(limits, is_session=True), limits)
+        session.begin(files)
+        with self._lock:
+            is_late = self._is_closed
+            self._sessions |= set() if is_late else {session}
+        if is_late:
+            session.close()
+            raise SandboxClosedError("the sandbox is closed; open another")
+        return session
+
+    def _start_session(self, container: Any, limits: Limits) -> Session:
+        channel: AttachedChannel | None = None
+        try:
+            channel = AttachedChannel(container)
+            container.start()
+        except BaseException:
+            if channel is not None:
+                channel.close()
+            remove(container)
+            raise
+
+        def end() -> None:
+            with self._lock:
+                self._sessions.discard(session)
+            remove(container)
+
+        session = Session(
+            channel, limits, is_memory_bounded=True, was_out_of_memory=lambda: was_killed_for_memory(container), end=end
+        )
+        return session
+
+    def _take(self, limits: Limits, *, is_session: bool = False) -> Any:
         """A container that was made for these limits, or a new one; orders the next."""
         with self._lock:
-            is_other = limits != self._spare_limits
-            outdated = list(self._spares) if is_other else []
-            if is_other:
-                self._spares.clear()
-                self._spare_limits = limits
-            spare = self._spares.popleft() if self._spares else None
+            outdated, spare = self._spares[is_session].take(limits)
             if not self._is_closed:
-                self._maker.submit(self._prepare, limits, outdated)
-        return spare if spare is not None else self._create(limits)
+                self._maker.submit(self._prepare, limits, outdated, is_session)
+        return spare if spare is not None else self._create(limits, is_session)
 
-    def _prepare(self, limits: Limits, outdated: list[Any]) -> None:
+    def _prepare(self, limits: Limits, outdated: list[Any], is_session: bool) -> None:
         for container in outdated:
             remove(container)
+        spares = self._spares[is_session]
         with self._lock:
-            is_wanted = limits == self._spare_limits and len(self._spares) < self._workers and not self._is_closed
+            is_wanted = limits == spares.limits and len(spares.containers) < self._workers and not self._is_closed
         if is_wanted:
-            container = self._create(limits)
+            container = self._create(limits, is_session)
             with self._lock:
-                self._spares.append(container)
+                spares.containers.append(container)
 
-    def _create(self, limits: Limits) -> Any:
+    def _create(self, limits: Limits, is_session: bool) -> Any:
         return create_container(
-            self._client, self._image, BOOT_COMMAND, CONTAINER_ENVIRONMENT, limits, runtime=self._runtime
+            self._client,
+            self._image,
+            SESSION_COMMAND if is_session else BOOT_COMMAND,
+            CONTAINER_ENVIRONMENT,
+            limits,
+            runtime=self._runtime,
+            is_session=is_session,
         )
 
     def close(self) -> None:
@@ -165,10 +210,13 @@ class DockerSandbox:
             return
         with self._lock:
             self._is_closed = True
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.close()
         for _ in range(self._workers):
             self._permits.acquire()
         self._maker.shutdown()
-        for container in self._spares:
+        for container in [*self._spares[False].containers, *self._spares[True].containers]:
             remove(container)
         self._client.close()
         for _ in range(self._workers):
@@ -181,6 +229,22 @@ class DockerSandbox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Spares:
+    """Containers that are made but not started, all for the limits that were asked for last."""
+
+    def __init__(self) -> None:
+        self.containers: deque[Any] = deque()
+        self.limits: Limits | None = None
+
+    def take(self, limits: Limits) -> tuple[list[Any], Any]:
+        """Those that have other limits, to be removed, and one that has these or None."""
+        outdated = list(self.containers) if limits != self.limits else []
+        if limits != self.limits:
+            self.containers.clear()
+            self.limits = limits
+        return outdated, self.containers.popleft() if self.containers else None
 
 
 class Usage:
@@ -198,6 +262,16 @@ class Usage:
         return ExecStatus.TIMEOUT if self.cpu_s > self._limits.cpu_s else None
 
 
+def was_killed_for_memory(container: Any) -> bool:
+    """Whether a container has ended because it met its limit on memory."""
+    import docker
+
+    with suppress(docker.errors.DockerException, OSError):
+        container.reload()
+        return bool(container.attrs["State"]["OOMKilled"]) and not container.attrs["State"]["Running"]
+    return False
+
+
 @contextmanager
 def daemon_errors() -> Iterator[None]:
     """What the daemon or the way to it gets wrong is the sandbox's failure, not the program's."""
@@ -209,12 +283,13 @@ def daemon_errors() -> Iterator[None]:
         raise SandboxError(f"the Docker daemon failed: {str(error)[:300]}") from error
 
 
-def _status(exit_code: int, was_out_of_memory: bool) -> ExecStatus:
+def _status(exit_code: int, was_out_of_memory: bool, stderr: bytes) -> ExecStatus:
     if exit_code == 0:
         return ExecStatus.OK
     if was_out_of_memory:
         return ExecStatus.MEMORY_LIMIT
-    return ExecStatus.TIMEOUT if exit_code == 128 + signal.SIGXCPU else ExecStatus.RUNTIME_ERROR
+    by_signal = {128 + signal.SIGXCPU: ExecStatus.TIMEOUT, 128 + signal.SIGXFSZ: ExecStatus.DISK_LIMIT}
+    return by_signal.get(exit_code) or told_limit(stderr)
 
 
 def _result(

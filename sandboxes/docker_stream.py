@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cispo.errors import SandboxError
 from cispo.sandboxes.types import ExecStatus, Limits
 
 READ_BYTES = 1 << 16
 HEADER = struct.Struct(">BxxxI")
 STDOUT, STDERR = 1, 2
 LOOK_S = 0.25
+SEND_TIMEOUT_S = 60.0
 # More than this in one frame is never sent; it bounds what is kept of a frame before it is whole.
 MAX_PENDING_BYTES = 1 << 20
 
@@ -33,6 +35,44 @@ def raw_socket(attached: Any) -> socket.socket:
     found = getattr(attached, "_sock", attached)
     assert isinstance(found, socket.socket), "the daemon is reached through a socket"
     return found
+
+
+class AttachedChannel:
+    """The stdin and stdout of a container that is about to start; what it writes to stderr is left out."""
+
+    def __init__(self, container: Any) -> None:
+        self._attached = container.attach_socket(params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+        self._connection = raw_socket(self._attached)
+        self._pending = bytearray()
+
+    def send(self, data: bytes) -> None:
+        self._connection.settimeout(SEND_TIMEOUT_S)
+        try:
+            self._connection.sendall(data)
+        except OSError as error:
+            raise SandboxError(f"a session's container has ended ({error})") from error
+
+    def receive(self, deadline: float) -> bytes:
+        while True:
+            streams = Streams()
+            _take_frames(self._pending, streams, MAX_PENDING_BYTES)
+            if streams.stdout:
+                return bytes(streams.stdout)
+            self._connection.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                data = self._connection.recv(READ_BYTES)
+            except OSError as error:
+                raise SandboxError(f"a session's container does not answer ({error})") from error
+            if not data:
+                raise SandboxError("a session's container has ended")
+            self._pending += data
+
+    def close(self) -> None:
+        # The daemon waits long for who stays attached and does not read, and the SDK's own object leaves it open.
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+        self._attached.close()
 
 
 def exchange(

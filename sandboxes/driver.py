@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 60
 MAX_ITEMS = 200_000
+# EAGAIN (of a fork), EFBIG, ENOSPC, EDQUOT.
+REFUSED = {11: ": no process", 27: ": no space", 28: ": no space", 122: ": no space"}
 
 
 class NotPlain(Exception):
@@ -80,7 +82,7 @@ def load(source: str, entry_point: str, answer: "Callable[[str], None]") -> "Cal
         function: Callable[..., Any] | None = module.__dict__.get(entry_point)
         is_callable = callable(function)
     except BaseException as error:
-        answer(f'["failed", {quote(type(error).__name__)}]')
+        answer(f'["failed", {quote(name_of(error))}]')
         return None
     answer('["loaded"]' if is_callable else '["rejected", "no entry point"]')
     return function if is_callable else None
@@ -95,7 +97,17 @@ def call(
     except NotPlain as error:
         return f'["other", {index}, {quote(error.args[0])}]'
     except BaseException as error:
-        return f'["error", {index}, {quote(type(error).__name__)}]'
+        return f'["error", {index}, {quote(name_of(error))}]'
+
+
+def name_of(error: BaseException) -> str:
+    """The type, and which limit the kernel has refused by it."""
+    name = type(error).__name__
+    if isinstance(error, MemoryError):
+        return "MemoryError"
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return name + REFUSED[error.errno]
+    return name + REFUSED[11] if name == "RuntimeError" and str(error) == "can't start new thread" else name
 
 
 def quote(text: str) -> str:

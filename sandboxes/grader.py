@@ -121,7 +121,7 @@ class Stub:
     def answer(self, frame: "list[Any]") -> object:
         kind, content = frame
         if kind == "error":
-            raise EXCEPTIONS.get(content, RuntimeError)("raised by the program under test")
+            raise EXCEPTIONS.get(content.partition(":")[0], RuntimeError)("raised by the program under test")
         try:
             if kind == "value":
                 return untag(content)

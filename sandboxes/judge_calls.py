@@ -143,14 +143,22 @@ def unloaded_status(answers: Answers, result: ExecResult) -> tuple[VerdictStatus
     error_type = str(loaded[1]) if len(loaded) == 2 else ""
     if loaded[:1] == ["rejected"]:
         return VerdictStatus.REJECTED, error_type
-    end = TestStatus.MEMORY_LIMIT if error_type == "MemoryError" else END_STATUS[result.status]
+    end = _error_status(error_type) if result.status is ExecStatus.OK else END_STATUS[result.status]
     return VerdictStatus(end.value), error_type
+
+
+def _error_status(error_type: str) -> TestStatus:
+    """The limit that an error told of by driver.py stands for, if any."""
+    if error_type == "MemoryError":
+        return TestStatus.MEMORY_LIMIT
+    refused = {" no space": TestStatus.DISK_LIMIT, " no process": TestStatus.PROCESS_LIMIT}
+    return refused.get(error_type.partition(":")[2], TestStatus.RUNTIME_ERROR)
 
 
 def _test_status(answer: list[Any], expected: Any) -> TestStatus:
     kind, _, content = answer
     if kind == "error":
-        return TestStatus.MEMORY_LIMIT if content == "MemoryError" else TestStatus.RUNTIME_ERROR
+        return _error_status(content)
     is_right = kind == "value" and is_equal(expected, content)
     return TestStatus.PASSED if is_right else TestStatus.WRONG_ANSWER
 

@@ -8,7 +8,8 @@ For a test whose answer it does not know, it must guess a pattern over all twins
 weaker: there a twin can be told by its look, and the verdict is flagged `weak_twins`.
 
 Of an agent's files count plain ones outside of tests that steer neither Python nor pytest (repo_files.py). The tests
-lie outside of the repository. They may import from it, from its `src`, from each other and from the system's packages.
+lie outside of the repository, whose root is the working folder, with the conftest.py files that the base has above
+them. They may import from it, from its `src`, from each other and from the system's packages.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from cispo.sandboxes import repo_launcher
 from cispo.sandboxes.attempts import END_STATUS, RETRY_PAUSES_S, FailedAttemptsError, run_patiently, unknown_verdict
-from cispo.sandboxes.repo_files import is_plain_path, overlay, pytest_archive
+from cispo.sandboxes.repo_files import conftests_of, is_plain_path, overlay, pytest_archive
 from cispo.sandboxes.twins import TURNED_ROUND, Edit, apply, edits_of, function_of
 from cispo.sandboxes.types import ExecResult, ExecStatus, Limits, Sandbox, TestStatus, Verdict, VerdictStatus
 
@@ -50,6 +51,7 @@ def judge_repo(
     is not there or compares nothing.
     """
     _check(base_files, hidden_tests, must_pass)
+    conftests = conftests_of(base_files, hidden_tests)
     tree, dropped = overlay(base_files, agent_files, hidden_tests)
     chance = _chance(tree, hidden_tests, must_pass)
     choices = {"::".join(function_of(test_id)): edits_of(hidden_tests, test_id, chance) for test_id in must_pass}
@@ -57,9 +59,9 @@ def judge_repo(
     flags = ["dropped_files"] if dropped else []
     flags += ["weak_twins"] if any(edit.rank == TURNED_ROUND for edits in choices.values() for edit in edits) else []
     try:
-        runs = [_run(sandbox, tree, hidden_tests, must_pass, limits, pauses_s)]
+        runs = [_run(sandbox, tree, {**conftests, **hidden_tests}, must_pass, limits, pauses_s)]
         if any(map(runs[0].has_passed, must_pass)):
-            runs += [_run(sandbox, tree, tests, must_pass, limits, pauses_s) for tests, _ in plan]
+            runs += [_run(sandbox, tree, {**conftests, **tests}, must_pass, limits, pauses_s) for tests, _ in plan]
     except FailedAttemptsError as error:
         return unknown_verdict(error, len(must_pass))
     altered = [frozenset[str](), *(functions for _, functions in plan)]

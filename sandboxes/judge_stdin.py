@@ -22,6 +22,7 @@ LAUNCHER = f"""
 import sys
 sys.path[0] = ""
 sys.argv = ["main.py"]
+__file__ = "main.py"
 with open("main.py", "rb") as file:
     source = file.read()
 try:

@@ -33,6 +33,14 @@ def overlay(
     return {**base_files, **allowed}, sorted(set(agent_files) - set(allowed))
 
 
+def conftests_of(base_files: Mapping[str, str], hidden_tests: Mapping[str, str]) -> dict[str, str]:
+    """The base's conftest.py files in the folders of the hidden tests and above them; no agent can change those."""
+    folders = {folder for name in hidden_tests for folder in PurePosixPath(name).parents}
+    paths = {name: PurePosixPath(name) for name in base_files}
+    found = [name for name, path in paths.items() if path.name == "conftest.py" and path.parent in folders]
+    return {name: base_files[name] for name in found}
+
+
 def _is_allowed(name: str, own_names: set[str], hidden_tests: Mapping[str, str]) -> bool:
     path = PurePosixPath(name)
     is_inside = is_plain_path(name) and name not in hidden_tests

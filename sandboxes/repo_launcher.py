@@ -58,10 +58,10 @@ def main() -> None:
     say("ready")
     # Behind the standard library, so that no file of the repository can stand for one of it.
     sys.path += [repository_folder, os.path.join(repository_folder, "src"), tests_folder]
-    os.chdir(tests_folder)
+    os.chdir(repository_folder)  # as whoever runs the tests of a repository stands there
     options = ["-c", os.devnull, "--rootdir", tests_folder, "--import-mode=importlib", "--assert=plain", "--tb=line"]
     options += ["-p", "no:cacheprovider", "-p", "no:faulthandler", *([] if has_conftest else ["--noconftest"])]
-    code = pytest.main([*options, *ids], plugins=[Reporter(say)])
+    code = pytest.main([*options, *(os.path.join(tests_folder, test_id) for test_id in ids)], plugins=[Reporter(say)])
     sys.stdout.flush()
     say("end", int(code))
     os._exit(0)

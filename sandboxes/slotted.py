@@ -1,24 +1,21 @@
 """What the backends that run programs on this machine share: a number of slots, and how an end becomes a result."""
 
-import math
 import os
 import queue
-import resource
 import signal
+import socket
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Self
 
-from cispo.errors import SandboxClosedError, SandboxError
-from cispo.sandboxes.supervisor import Ended, Supervisor
+from cispo.errors import SandboxClosedError, SandboxError, UnsupportedError
+from cispo.sandboxes.bounds import check_files, signal_of
+from cispo.sandboxes.session import Session, SocketChannel
+from cispo.sandboxes.supervisor import Ended, Job, Supervisor
+from cispo.sandboxes.told import told_limit
 from cispo.sandboxes.types import DEFAULT_LIMITS, NO_FILES, Capabilities, ExecResult, ExecStatus, Limits
-
-MAX_OPEN_FILES = 256
-# Address space of an interpreter that has done nothing yet, libraries included.
-BASE_ADDRESS_SPACE_MIB = 64
 
 
 class SlottedSandbox(ABC):
@@ -33,6 +30,8 @@ class SlottedSandbox(ABC):
         self._workers = workers
         self._made = 0
         self._lock = threading.Lock()
+        self._resting: list[Supervisor] = []
+        self._sessions: set[Session] = set()
         self._is_closed = False
 
     @abstractmethod
@@ -72,6 +71,73 @@ class SlottedSandbox(ABC):
         self._idle.put(supervisor)
         return result
 
+    def session(self, *, files: Mapping[str, bytes] = NO_FILES, limits: Limits = DEFAULT_LIMITS) -> Session:
+        """See Sandbox.session. Sessions have slots of their own, beside those of `workers`."""
+        check_files(files, limits)
+        if os.getpid() != self._owner_pid:
+            raise SandboxError(f"the sandbox belongs to process {self._owner_pid}; open one in each process")
+        with self._lock:
+            if self._is_closed:
+                raise SandboxClosedError("the sandbox is closed; open another")
+            supervisor = self._resting.pop() if self._resting else None
+        try:
+            supervisor = supervisor or Supervisor(self._next_index(), own_user=self._own_user)
+            session = self._start_session(supervisor, limits)
+        except BaseException as error:
+            if supervisor is not None:
+                supervisor.close()
+            if isinstance(error, OSError):
+                raise SandboxError(f"the machine refused what a sandbox needs: {error}") from error
+            raise
+        session.begin(files)
+        with self._lock:
+            is_late = self._is_closed
+            self._sessions |= set() if is_late else {session}
+        if is_late:
+            session.close()
+            raise SandboxClosedError("the sandbox is closed; open another")
+        return session
+
+    def _session_job(self, supervisor: Supervisor, limits: Limits) -> Job:
+        """What starts session_server.py as the first process of a sandbox."""
+        raise UnsupportedError("this backend has no sessions; use bubblewrap or docker")
+
+    def _start_session(self, supervisor: Supervisor, limits: Limits) -> Session:
+        job = self._session_job(supervisor, limits)
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                watch = supervisor.start(job, theirs.fileno())
+        except BaseException:
+            ours.close()
+            raise
+
+        def end() -> None:
+            self._end_session(session, supervisor)
+
+        session = Session(
+            SocketChannel(ours),
+            limits,
+            is_memory_bounded=supervisor.cgroup is not None and supervisor.cgroup.memory is not None,
+            was_out_of_memory=watch.has_run_out_of_memory_since,
+            end=end,
+        )
+        return session
+
+    def _end_session(self, session: Session, supervisor: Supervisor) -> None:
+        """Keep the slot for the next session, unless there are enough or something is wrong with it."""
+        is_kept = False
+        try:
+            supervisor.stop()
+            with self._lock:
+                is_kept = not self._is_closed and len(self._resting) < self._workers
+                self._resting += [supervisor] if is_kept else []
+        finally:
+            with self._lock:
+                self._sessions.discard(session)
+            if not is_kept:
+                supervisor.close()
+
     def _next_index(self) -> int:
         with self._lock:
             self._made += 1
@@ -81,9 +147,12 @@ class SlottedSandbox(ABC):
         """See Sandbox.close. Waits for programs that run; calling it again does nothing."""
         if self._is_closed or os.getpid() != self._owner_pid:
             return
-        self._is_closed = True
-        for _ in range(self._workers):
-            supervisor = self._idle.get()
+        with self._lock:
+            self._is_closed = True
+            sessions, resting = list(self._sessions), self._resting
+        for session in sessions:
+            session.close()
+        for supervisor in [*resting, *(self._idle.get() for _ in range(self._workers))]:
             if supervisor is not None:
                 supervisor.close()
         self._idle.put(None)  # wakes a late caller, who then finds the sandbox closed
@@ -95,30 +164,6 @@ class SlottedSandbox(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def check_files(files: Mapping[str, bytes], limits: Limits) -> None:
-    for name in files:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
-            raise ValueError(f"file name {name!r} leaves the working folder; use a relative name without '..'")
-    size = sum(map(len, files.values()))
-    if size > limits.files_mib << 20:
-        raise ValueError(f"the files hold {size} bytes; the limit files_mib is {limits.files_mib}")
-
-
-def resource_limits(limits: Limits) -> list[tuple[int, tuple[int, int]]]:
-    """Limits that every process inherits: the only ones without control groups, the gentler ones with them."""
-    cpu_s = math.ceil(limits.cpu_s) + 1  # counted in ticks and for each process: only for when nobody watches
-    address_space = (limits.memory_mib + BASE_ADDRESS_SPACE_MIB) << 20
-    file_size = limits.files_mib << 20
-    return [
-        (resource.RLIMIT_CPU, (cpu_s, cpu_s + 1)),
-        (resource.RLIMIT_AS, (address_space, address_space)),
-        (resource.RLIMIT_FSIZE, (file_size, file_size)),
-        (resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES)),
-        (resource.RLIMIT_CORE, (1, 1)),  # 0 would still hand the dump to a program of the host; 1 does not
-    ]
 
 
 def conclude(ended: Ended, exit_code: int, limits: Limits) -> ExecResult:
@@ -136,12 +181,6 @@ def conclude(ended: Ended, exit_code: int, limits: Limits) -> ExecResult:
     )
 
 
-def signal_of(exit_code: int) -> int | None:
-    """The number of the signal that an exit code of a shell's kind stands for."""
-    number = exit_code - 128
-    return number if number in signal.valid_signals() else None
-
-
 def _status(ended: Ended, exit_code: int, limits: Limits) -> ExecStatus:
     if ended.stopped is not None:
         return ended.stopped
@@ -153,4 +192,4 @@ def _status(ended: Ended, exit_code: int, limits: Limits) -> ExecStatus:
     was_killed_late = exit_code == 128 + signal.SIGKILL and ended.cpu_s >= limits.cpu_s
     if exit_code == 128 + signal.SIGXCPU or was_killed_late:
         return ExecStatus.TIMEOUT
-    return ExecStatus.RUNTIME_ERROR
+    return ExecStatus.DISK_LIMIT if exit_code == 128 + signal.SIGXFSZ else told_limit(bytes(ended.stderr))

@@ -133,6 +133,22 @@ class Supervisor:
             ended.stopped = ExecStatus.TIMEOUT  # it ended between two looks, which come late on a busy machine
         return ended
 
+    def start(self, job: Job, stdio: int) -> "Watch":
+        """Start a program with the descriptor `stdio` as its stdin and stdout, and let it run until `stop`."""
+        watch = Watch(job.limits, self.cgroup, self._warden_pid())
+        with contextlib.ExitStack() as stack:
+            null = os.open(os.devnull, os.O_RDWR)
+            stack.callback(os.close, null)
+            inputs = [_sealed_memory(stack, content) for content in job.inputs]
+            request = marshal.dumps((list(job.argv), job.environment, job.folder, list(job.rlimits)))
+            self._send(request, [stdio, stdio, null, null, *inputs])
+        return watch
+
+    def stop(self) -> None:
+        """End what `start` has started, if it runs still; SandboxError when it could not be started at all."""
+        self._send(marshal.dumps("end"))
+        self._reply("ended")
+
     def _collect(self, selector: selectors.BaseSelector, watch: "Watch", ended: Ended) -> None:
         """Read output and keep watch until the warden says that the program and all it started are gone."""
         stop_deadline = float("inf")
@@ -227,6 +243,14 @@ class Watch:
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self._start
+
+    def has_run_out_of_memory_since(self) -> bool:
+        """As was_out_of_memory, counted from the last time that this said so."""
+        was_out = self.was_out_of_memory()
+        if was_out and self._cgroup is not None:
+            self._oom_kills_before = self._cgroup.oom_kills()
+            self._cgroup.watch_memory()
+        return was_out
 
     def was_out_of_memory(self) -> bool:
         """Whether the kernel killed for the program's own limit; kills for want of the machine's memory are not its."""

@@ -15,11 +15,15 @@ NEGATED = {
     ast.Eq: "!=", ast.NotEq: "==", ast.Lt: ">=", ast.GtE: "<", ast.Gt: "<=", ast.LtE: ">", ast.Is: "is not",
     ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
 }  # fmt: skip
-COMPARING = frozenset({"assertEqual", "assertEquals", "assertAlmostEqual", "assertListEqual", "assertDictEqual"})
+COMPARING = frozenset({
+    "assertEqual", "assertEquals", "assertAlmostEqual", "assertListEqual", "assertDictEqual", "assertTupleEqual",
+    "assertSetEqual", "assertSequenceEqual", "assertMultiLineEqual", "assertCountEqual",
+})  # fmt: skip
 OPPOSITE = {
     "assertTrue": "assertFalse", "assertIn": "assertNotIn", "assertEqual": "assertNotEqual", "assertIs": "assertIsNot",
     "assertIsNone": "assertIsNotNone", "assertIsInstance": "assertNotIsInstance",
-    "assertAlmostEqual": "assertNotAlmostEqual",
+    "assertAlmostEqual": "assertNotAlmostEqual", "assertGreater": "assertLessEqual", "assertLess": "assertGreaterEqual",
+    "assertRegex": "assertNotRegex",
 }  # fmt: skip
 OPPOSITE |= {value: key for key, value in OPPOSITE.items()}
 RAISING = frozenset({"raises", "assertRaises"})

@@ -50,6 +50,9 @@ class ExecStatus(StrEnum):
     TIMEOUT = "timeout"
     MEMORY_LIMIT = "memory_limit"
     OUTPUT_LIMIT = "output_limit"
+    PROCESS_LIMIT = "process_limit"
+    DISK_LIMIT = "disk_limit"
+    """This one and the one before: it failed, and said that it was refused processes or space (told.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,28 @@ class Capabilities:
     python_version: str
 
 
+class Session(Protocol):
+    """See session.Session."""
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        files: Mapping[str, bytes] = NO_FILES,
+        limits: Limits | None = None,
+    ) -> ExecResult:
+        """Run one command in /task with the files that earlier ones have left there."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 class VerdictStatus(StrEnum):
     """What became of a program under its tests: the status of the first test that failed, or ok."""
 
@@ -101,6 +126,8 @@ class VerdictStatus(StrEnum):
     TIMEOUT = "timeout"
     MEMORY_LIMIT = "memory_limit"
     OUTPUT_LIMIT = "output_limit"
+    PROCESS_LIMIT = "process_limit"
+    DISK_LIMIT = "disk_limit"
     REJECTED = "rejected"
     """The source does not compile, or does not define the entry point."""
     SANDBOX_ERROR = "sandbox_error"
@@ -118,6 +145,8 @@ class TestStatus(StrEnum):
     TIMEOUT = "timeout"
     MEMORY_LIMIT = "memory_limit"
     OUTPUT_LIMIT = "output_limit"
+    PROCESS_LIMIT = "process_limit"
+    DISK_LIMIT = "disk_limit"
     NOT_RUN = "not_run"
     """The program ended before this test's turn."""
 
@@ -157,6 +186,12 @@ class Sandbox(Protocol):
         """Run one program in a fresh world whose working folder holds `files` (relative names); nothing outlives it.
 
         Raises SandboxError when the sandbox itself fails; ValueError when a file name leaves the folder.
+        """
+
+    def session(self, *, files: Mapping[str, bytes] = NO_FILES, limits: Limits = DEFAULT_LIMITS) -> "Session":
+        """A warm sandbox in which several commands run one after the other, and files stay; close it.
+
+        Raises as `run`; UnsupportedError where a backend has none.
         """
 
     def capabilities(self) -> Capabilities: ...

@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cispo.sandboxes.bounds import resource_limits
 from cispo.sandboxes.bubblewrap import ENVIRONMENT
-from cispo.sandboxes.slotted import SlottedSandbox, conclude, resource_limits
+from cispo.sandboxes.slotted import SlottedSandbox, conclude
 from cispo.sandboxes.supervisor import Job, Supervisor
 from cispo.sandboxes.types import Capabilities, ExecResult, Limits
 

@@ -214,7 +214,7 @@ def test_who_cheats_where_it_knows_the_answer_of_one_test_is_found_out(judge: Ju
 import sys, _pytest.python
 run = _pytest.python.Function.runtest
 def runtest(self):
-    consts = open("tests/test_core.py").read()
+    consts = open(sys.modules[self.module.__name__].__file__).read()
     if "== 42" in consts:  # the one answer that it knows stands there unaltered
         return None
     raise AssertionError
