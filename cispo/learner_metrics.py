@@ -13,6 +13,7 @@ from torch import Tensor
 from cispo.advantage import AdvantageBatch, Float64Array
 from cispo.batch import TokenBatch
 from cispo.objective import Coefficients
+from cispo.parallel.ranks import Ranks
 from cispo.router_balance import RouterTotals
 from cispo.types import Int32Array, ScoredGroup
 
@@ -68,6 +69,24 @@ class StepRecord:
     def add_update(self, grad_norm: float, learning_rate: float) -> None:
         self._norms.append(grad_norm)
         self._learning_rate = learning_rate
+
+    def merge(self, ranks: Ranks) -> None:
+        """Add what the other ranks measured in their micro batches; collective, once, before `metrics`.
+
+        What was measured on the groups, the gradient norms and the learning rate are the same on every rank.
+        """
+        if ranks.is_alone:
+            return
+        own = {name: value for name, value in self._sums.items() if name != "unscored_tokens"}
+        for name in own:
+            self._sums[name] = 0.0
+        of_ranks = ranks.gather_objects((own, self._ratio_max, self._mismatch))
+        for sums, _, _ in of_ranks:
+            for name, value in sums.items():
+                self._sums[name] += value
+        self._ratio_max = max(ratio_max for _, ratio_max, _ in of_ranks)
+        self._mismatch = [difference for _, _, differences in of_ranks for difference in differences]
+        self.routers.merge(ranks)
 
     def metrics(self, policy_version: int, seconds: float) -> dict[str, float]:
         """The step's metrics; those that had nothing to measure are absent."""
