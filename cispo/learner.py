@@ -29,6 +29,7 @@ from cispo.batch import (
     token_weights,
     training_sequences,
 )
+from cispo.devices import peak_flops
 from cispo.errors import CheckpointError, CispoError
 from cispo.kernels.head_loss import HeadLoss, head_logprobs, head_policy_loss
 from cispo.learner_metrics import StepRecord
@@ -36,6 +37,7 @@ from cispo.learner_settings import LearnerSettings, scheduled_learning_rate
 from cispo.model.decoder import Decoder
 from cispo.model.router_sums import RouterSums
 from cispo.model.routing import RoutingControl
+from cispo.model.sizes import training_flops
 from cispo.objective import build_objective
 from cispo.objective_settings import DrGrpoSettings, ObjectiveSettings
 from cispo.optimizer import MasterAdamW
@@ -80,6 +82,8 @@ class Learner:
         self.shares_prompts = not is_counted and all(policy.takes_branches for policy in policies)
         self._ranks = ranks
         self._device = ranks.device or decoder.head_weight.device
+        peak = peak_flops(self._device, decoder.head_weight.dtype)
+        self._peak_flops = None if peak is None else peak * ranks.world_size
         shards = parallelise(decoder, ranks, activation_checkpointing=settings.activation_checkpointing)
         if reference is not None:
             parallelise(reference, ranks, activation_checkpointing=False)
@@ -108,7 +112,7 @@ class Learner:
         was dropped makes no update; the policy version grows all the same, because the step is over.
         """
         started = time.perf_counter()
-        record = StepRecord(self.policy_version)
+        record = StepRecord(self.policy_version, self._peak_flops)
         advantages = group_advantages(groups, self._advantage)
         kept = training_sequences(groups, advantages)
         record.add_groups(groups, advantages, kept_groups=len(kept))
@@ -248,7 +252,8 @@ class Learner:
             tokens = there.tokens.with_logprob(head.logprob_N)
             result = self._objective.coefficients(tokens)
             losses.append((result.loss_N, there.tokens.group_N))
-            record.add_micro_batch(result, head.entropy_N, tokens=len(micro.ids_N))
+            flops = training_flops(self.decoder.config, micro.cu_seqlens.diff().tolist(), len(micro.rows_M))
+            record.add_micro_batch(result, head.entropy_N, tokens=len(micro.ids_N), flops=flops)
             if is_first and not self._objective_settings.needs_proximal:
                 record.add_mismatch(micro.tokens, head.logprob_N)
         norm = self._optimizer.clip(self._settings.max_grad_norm)

@@ -27,10 +27,14 @@ _MEANS = {
 
 
 class StepRecord:
-    """The measurements of one step; `policy_version` is the learner's before it. routers: what its routers did."""
+    """The measurements of one step; `policy_version` is the learner's before it. routers: what its routers did.
 
-    def __init__(self, policy_version: int) -> None:
+    peak_flops: operations a second that all devices of the learner can do at best; None where that is not known.
+    """
+
+    def __init__(self, policy_version: int, peak_flops: float | None = None) -> None:
         self._policy_version = policy_version
+        self._peak_flops = peak_flops
         self._sums: dict[str, float] = defaultdict(float)
         self._ratio_max = 0.0
         self._mismatch: list[Float64Array] = []
@@ -51,13 +55,14 @@ class StepRecord:
                 elif advantage.group in advantages.kept:
                     self._ages.append(self._policy_version - rollout.policy_versions_T[sampled])
 
-    def add_micro_batch(self, result: Coefficients, entropy_N: Tensor, *, tokens: int) -> None:
-        """Add one micro batch of `tokens` packed tokens."""
+    def add_micro_batch(self, result: Coefficients, entropy_N: Tensor, *, tokens: int, flops: float) -> None:
+        """Add one micro batch of `tokens` packed tokens, whose forward and backward are so many operations."""
         sums = {**result.sums, "entropy": entropy_N.sum(dtype=torch.float64)}
         *values, ratio_max = torch.stack([*sums.values(), result.maxima["ratio"].double()]).tolist()
         for name, value in zip(sums, values, strict=True):
             self._sums[name] += value
         self._sums["packed_tokens"] += tokens
+        self._sums["flops"] += flops
         self._ratio_max = max(self._ratio_max, ratio_max)
 
     def add_mismatch(self, tokens: TokenBatch, logprob_N: Tensor) -> None:
@@ -108,6 +113,8 @@ class StepRecord:
         unscored = sums["unscored_tokens"]
         ages = np.concatenate(self._ages)
         metrics = {metric: sums[name] / tokens for name, metric in _MEANS.items() if name in sums}
+        if self._peak_flops is not None:
+            metrics["perf/mfu"] = sums["flops"] / seconds / self._peak_flops
         return metrics | {
             "loss/policy": sums["loss"] / len(self._norms),
             "loss/frac_masked": (sums["masked"] + unscored) / (tokens + unscored),

@@ -1,4 +1,4 @@
-"""Who has what: the part of a parameter that a rank holds, consecutive rows along one dim, and its share of the work."""
+"""Who has what: a rank's part of a parameter, which is consecutive rows along one dim, and its share of the work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
