@@ -62,6 +62,8 @@ class Ranks:
         if settings.world_size == 1:
             return cls(device=device)
         if device.type == "cuda":
+            # A device that is in use is this rank's own; the mesh would guess one from the rank otherwise.
+            torch.cuda.init()
             torch.cuda.set_device(device)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
