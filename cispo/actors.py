@@ -11,7 +11,7 @@ from typing import Any
 
 from cispo.recipe.schema import TrainRecipe
 from cispo.rollout.request import GroupRequest
-from cispo.types import Group, ScoredGroup
+from cispo.types import Group, Score, ScoredGroup
 
 
 def prepare_process(threads: int) -> None:
@@ -104,8 +104,9 @@ class RewardWorker(Shell):
             max_completion_tokens=recipe.rollout.max_completion_tokens,
         )
 
-    def score(self, group: Group) -> ScoredGroup:
-        return ScoredGroup(group.prompt, group.rollouts, self._rewards.score(group))
+    def score(self, group: Group) -> tuple[Score, ...]:
+        """The score of each rollout, in their order."""
+        return self._rewards.score(group)
 
     def statistics(self) -> dict[str, float]:
         """Counts since the last call."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from cispo.advantage import AdvantageBatch
 from cispo.errors import CispoError
 from cispo.objective_settings import Reduction
+from cispo.parallel.shards import deal
 from cispo.types import BoolArray, ExpertIdArray, Float32Array, Int32Array, Rollout, ScoredGroup
 
 
@@ -114,7 +115,8 @@ class MicroBatch:
     ids_N, positions_N: int64; cu_seqlens: int32 [B + 1]; rows_M: int64, increasing within a sequence; targets_M: int64,
     the token that each of those rows predicts; tokens: the M loss tokens in the same order; expert_ids_NLK: the experts
     of each token while sampling, None unless they were recorded for all of them. families: as `Decoder.forward` takes
-    them; the last row of a prompt with branches is in rows_M once for each of their first tokens.
+    them; the last row of a prompt with branches is in rows_M once for each of their first tokens. is_filler: it only
+    keeps a rank in step with others, and its weights are 0.
     """
 
     ids_N: Tensor
@@ -125,13 +127,14 @@ class MicroBatch:
     tokens: TokenBatch
     expert_ids_NLK: Tensor | None = None
     families: tuple[int, ...] | None = None
+    is_filler: bool = False
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On another device, but for what the decoder reads on the host: there it would have to wait."""
-        of_host = ("cu_seqlens", "families")
+        of_host = ("cu_seqlens", "families", "is_filler")
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in of_host}
         moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in values.items()}
-        return MicroBatch(cu_seqlens=self.cu_seqlens, families=self.families, **moved)
+        return replace(self, **moved)
 
 
 def training_sequences(groups: Sequence[ScoredGroup], advantages: AdvantageBatch) -> list[list[TrainSequence]]:
@@ -249,12 +252,50 @@ def pack_micro_batches(
     shares_prompts: pack sequences with one prompt as families, for a decoder that takes branches.
     """
     parts = _families(sequences, tokens_per_micro_batch) if shares_prompts else [[i] for i in range(len(sequences))]
-    lengths = [sequences[part[0]].prompt_tokens + sum(sequences[i].branch_tokens for i in part) for part in parts]
+    lengths = [_part_tokens(sequences, part) for part in parts]
     for members in pack(lengths, tokens_per_micro_batch):
         chosen = [parts[member] for member in members]
         yield _micro_batch(
             [[sequences[i] for i in part] for part in chosen], [weights[i] for part in chosen for i in part]
         )
+
+
+def deal_micro_batches(
+    sequences: Sequence[TrainSequence],
+    weights: Sequence[float],
+    tokens_per_micro_batch: int,
+    *,
+    rank: int,
+    world_size: int,
+    shares_prompts: bool = False,
+) -> list[MicroBatch]:
+    """One rank's part of a mini batch in micro batches, of which every rank has equally many.
+
+    Every sequence goes to one rank, the longest first and each to the rank with the fewest tokens. A rank that has
+    fewer micro batches than another gets the shortest sequence again, with weight 0, for each that it lacks.
+    """
+    if world_size == 1:
+        return list(pack_micro_batches(sequences, weights, tokens_per_micro_batch, shares_prompts=shares_prompts))
+    fair_share = -(-sum(sequence.inputs for sequence in sequences) // world_size)
+    budget = min(tokens_per_micro_batch, fair_share)
+    parts = _families(sequences, budget) if shares_prompts else [[i] for i in range(len(sequences))]
+    lengths = [_part_tokens(sequences, part) for part in parts]
+    hands = deal(lengths, world_size)
+    packs = [pack([lengths[part] for part in hand], tokens_per_micro_batch) for hand in hands]
+    own = [[parts[hands[rank][member]] for member in members] for members in packs[rank]]
+    micro_batches = [
+        _micro_batch([[sequences[i] for i in part] for part in chosen], [weights[i] for part in chosen for i in part])
+        for chosen in own
+    ]
+    lacking = max(map(len, packs)) - len(micro_batches)
+    if lacking:
+        shortest = min(sequences, key=lambda sequence: sequence.inputs)
+        micro_batches += [replace(_micro_batch([[shortest]], [0.0]), is_filler=True)] * lacking
+    return micro_batches
+
+
+def _part_tokens(sequences: Sequence[TrainSequence], part: Sequence[int]) -> int:
+    return sequences[part[0]].prompt_tokens + sum(sequences[i].branch_tokens for i in part)
 
 
 def _families(sequences: Sequence[TrainSequence], budget: int) -> list[list[int]]:

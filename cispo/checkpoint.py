@@ -5,6 +5,7 @@
         policy/                 config.json, model.safetensors, tokenizer: a policy folder in Hugging Face layout
         learner.safetensors     masters, moments, counters
         loop.json               whatever else the loop needs to go on
+    best.json                   the step whose checkpoint is kept for being the best, where one is
 
 A checkpoint is written into a hidden folder beside its place, made durable, and renamed. A kill at any moment leaves
 the checkpoints that were there and perhaps a hidden folder, which the next save removes.
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from cispo.model.decoder import Decoder
 from cispo.model.tokenizer import Tokenizer
 
 MANIFEST, POLICY, LEARNER, LOOP = "manifest.json", "policy", "learner.safetensors", "loop.json"
+BEST = "best.json"
 FORMAT = 1
 _STEP_NAME = re.compile(r"step_(\d+)")
 _HIDDEN_NAME = re.compile(r"\.step_\d+\.(writing|removing)")
@@ -63,7 +65,7 @@ def save_checkpoint(
     loop_state: Mapping[str, Any],
     keep: int,
 ) -> None:
-    """Write the checkpoint `path` as `write_checkpoint` does, then remove all but the `keep` newest beside it."""
+    """Write the checkpoint `path` as `write_checkpoint` does, then remove all but the `keep` newest and the best."""
 
     def write_policy(folder: Path) -> None:
         save_policy(decoder, folder)
@@ -141,9 +143,43 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def prune_checkpoints(folder: Path, *, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints."""
+    """Remove all but the `keep` newest checkpoints and the best one, where `keep_best` named it."""
+    best = best_checkpoint(folder)
     for path in list_checkpoints(folder)[:-keep]:
-        _remove(path)
+        if path != best:
+            _remove(path)
+
+
+def keep_best(folder: Path, measured: Iterable[Mapping[str, Any]], metric: str) -> None:
+    """Of the checkpoints there are, keep from now on the one where `metric` was highest; the earliest of equal ones.
+
+    measured: rows of the run's metrics, with their `step`. To be called before each save, as saving removes others.
+    """
+    there = {_step_of(path) for path in list_checkpoints(folder)}
+    step = best_step((row for row in measured if row["step"] in there), metric)
+    if step is not None:
+        draft = folder / f".{BEST}"
+        draft.write_text(json.dumps({"step": step, "metric": metric}) + "\n", encoding="utf-8")
+        _sync(draft)
+        draft.replace(folder / BEST)
+
+
+def best_step(measured: Iterable[Mapping[str, Any]], metric: str) -> int | None:
+    """The step of the row in which a metric is highest, the earliest of equal ones; None where no row has it."""
+    values = {int(row["step"]): row[metric] for row in measured if row.get(metric) is not None}
+    return max(values, key=lambda step: (values[step], -step), default=None)
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that `keep_best` chose last; None where none was chosen or it is gone."""
+    file = folder / BEST
+    if not file.is_file():
+        return None
+    try:
+        step = json.loads(file.read_text(encoding="utf-8"))["step"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); remove it, then resume the run") from error
+    return next((path for path in list_checkpoints(folder) if _step_of(path) == step), None)
 
 
 def _step_of(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `cispo train|sft|eval|generate|reward|view|inspect|recipes|version`.
+"""The command line: `cispo train|sft|eval|export|generate|reward|view|inspect|recipes|version`.
 
 Commands import what they need when they run, so that help is instant.
 """
@@ -25,6 +25,7 @@ examples:
   cispo train code --name first learner.learning_rate=1e-4
   cispo train code --name first --resume            go on where it stopped
   cispo eval code --policy runs/first/checkpoints/step_000010/policy
+  cispo export runs/first my_policy                 the newest policy, for transformers and for another run
   cispo generate bundled:tiny 'Write a function f(x) that returns x + 1.' --temperature 0
 """
 
@@ -120,6 +121,15 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def export(options: argparse.Namespace) -> int:
+    """Write the policy of a run's checkpoint as a folder in Hugging Face layout."""
+    from cispo.export import export_policy
+
+    checkpoint = export_policy(options.run, options.target, step=options.step, best=options.best)
+    print(f"{options.target}: the policy after step {checkpoint.step} of {options.run}")
+    return 0
+
+
 def reward(options: argparse.Namespace) -> int:
     """Run one reward over a file of completions, and show what it says of each."""
     from rich.console import Console
@@ -208,6 +218,13 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "eval", evaluate, "measure a policy: pass@1 with its 95%% interval")
     _add_recipe(command, default="code")
     command.add_argument("--policy", metavar="PATH", help="policy folder to measure, in place of the recipe's")
+
+    command = _add(commands, "export", export, "write a run's policy in Hugging Face layout")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    command.add_argument("target", type=Path, metavar="PATH", help="folder to write, which must not exist")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, metavar="N", help="the checkpoint after this step (default: the newest)")
+    which.add_argument("--best", action="store_true", help="the best one by checkpoint.keep_best, or pass@1 held out")
 
     command = _add(commands, "generate", cli_generate.run, "let a policy answer prompts")
     cli_generate.add_options(command)

@@ -4,6 +4,9 @@ import torch
 
 from cispo.errors import RecipeError
 
+_BFLOAT16_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+"""Dense bfloat16 operations a second by the device's name, as its data sheet has them."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -18,3 +21,10 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second that a device can do at best in products of this dtype; None where that is not known."""
+    if device.type != "cuda" or dtype is not torch.bfloat16:
+        return None
+    return _BFLOAT16_FLOPS.get(torch.cuda.get_device_name(device))

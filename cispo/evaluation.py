@@ -9,7 +9,7 @@ from cispo.recipe.schema import EvaluationSettings, RolloutSettings
 from cispo.rollout.recipe_request import group_request
 from cispo.sampler import Progress
 from cispo.statistics import Estimate, PromptOutcome, evaluation_metrics, paired_gain, pass_at_1
-from cispo.types import Prompt, Score, ScoredGroup, ScoreStatus
+from cispo.types import Prompt, ScoredGroup, ScoreStatus
 
 NAME = "heldout"
 """The evaluation's name in metrics: eval/heldout/..."""
@@ -28,13 +28,16 @@ class Evaluation:
     """What the reward said where it failed first."""
     parts: tuple[str, ...] = ()
     """The value of `evaluation.by` of each prompt; empty without that setting."""
+    pass_at: tuple[int, ...] = ()
+    """Further k that pass@k is given for."""
 
     def metrics(self) -> dict[str, float]:
         """Over all prompts as eval/heldout/..., and as eval/heldout.PART/... over those of each part."""
-        metrics = evaluation_metrics(NAME, self.outcomes)
+        metrics = evaluation_metrics(NAME, self.outcomes, pass_at=self.pass_at)
         for part in dict.fromkeys(self.parts):
             chosen = [outcome for outcome, its in zip(self.outcomes, self.parts, strict=True) if its == part]
-            metrics |= evaluation_metrics(f"{NAME}.{_NO_NAME.sub('_', part)}", chosen)
+            name = f"{NAME}.{_NO_NAME.sub('_', part)}"
+            metrics |= evaluation_metrics(name, chosen, pass_at=self.pass_at)
         return metrics
 
     @property
@@ -96,6 +99,7 @@ def evaluate(
         tuple(outcomes.get(prompt.id, unsampled) for prompt in prompts),
         next(failed, next(iter(found.failed.values()), "")),
         parts,
+        settings.pass_at,
     )
 
 
@@ -106,7 +110,7 @@ def _outcome(group: ScoredGroup) -> PromptOutcome:
         if score.status is ScoreStatus.OK
     ]
     return PromptOutcome(
-        correct=tuple(_is_correct(score) for _, score in scored),
+        correct=tuple(score.is_correct for _, score in scored),
         well_formed=tuple(
             score.parts.get("well_formed", 1.0) >= 1.0 and not rollout.is_truncated for rollout, score in scored
         ),
@@ -114,11 +118,6 @@ def _outcome(group: ScoredGroup) -> PromptOutcome:
         lengths_tokens=tuple(rollout.completion_length_tokens for rollout, _ in scored),
         errors=len(group.rollouts) - len(scored),
     )
-
-
-def _is_correct(score: Score) -> bool:
-    """By the part `correct` where a reward gives one, else a full reward."""
-    return score.parts.get("correct", score.value) >= 1.0
 
 
 def describe_gain(before: Evaluation, after: Evaluation) -> list[str]:

@@ -7,6 +7,9 @@ come from the objective in the same pass that makes the logprobs. Nothing here k
 Mismatch is measured in every step: the difference between the logprobs stored while sampling and those of the learner's
 own forward before its first update, at equal weights.
 
+A learner of several ranks is this class in each of them (`cispo.parallel`): every rank is given the same groups and
+trains on its part. What is called collective must be called in all of them.
+
 Shape suffixes: N packed tokens or tokens of a TokenBatch, M loss tokens of a micro batch, D model width.
 """
 
@@ -21,11 +24,12 @@ from cispo.advantage import AdvantageSettings, group_advantages
 from cispo.batch import (
     MicroBatch,
     TrainSequence,
-    pack_micro_batches,
+    deal_micro_batches,
     split_mini_batches,
     token_weights,
     training_sequences,
 )
+from cispo.devices import peak_flops
 from cispo.errors import CheckpointError, CispoError
 from cispo.kernels.head_loss import HeadLoss, head_logprobs, head_policy_loss
 from cispo.learner_metrics import StepRecord
@@ -33,9 +37,12 @@ from cispo.learner_settings import LearnerSettings, scheduled_learning_rate
 from cispo.model.decoder import Decoder
 from cispo.model.router_sums import RouterSums
 from cispo.model.routing import RoutingControl
+from cispo.model.sizes import training_flops
 from cispo.objective import build_objective
 from cispo.objective_settings import DrGrpoSettings, ObjectiveSettings
 from cispo.optimizer import MasterAdamW
+from cispo.parallel.parallelise import parallelise, release
+from cispo.parallel.ranks import ALONE, Ranks
 from cispo.router_balance import RouterBalance
 from cispo.types import ScoredGroup
 
@@ -46,6 +53,8 @@ class Learner:
     decoder: the policy, trained in place. temperature: that of sampling; logprobs on both sides are taken at it.
     max_completion_tokens: the constant of Dr. GRPO unless its settings name one. total_updates: length of the learning
     rate's schedule. reference: a frozen policy for the KL penalty, needed exactly when the objective has one.
+    ranks: the processes that the learner is spread over. Each loads the same policies, on the CPU where they would not
+    fit a device whole, and from then on they are sharded.
     shares_prompts: whether the completions of a group are packed with their prompt once, where the policies take that.
     """
 
@@ -61,6 +70,7 @@ class Learner:
         total_updates: int,
         seed: int,
         reference: Decoder | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if objective.needs_reference != (reference is not None):
             raise ValueError("a reference policy is needed exactly when kl_coefficient is above 0")
@@ -70,6 +80,13 @@ class Learner:
         is_counted = settings.router_aux_loss_coef > 0
         policies = [decoder] if reference is None else [decoder, reference]
         self.shares_prompts = not is_counted and all(policy.takes_branches for policy in policies)
+        self._ranks = ranks
+        self._device = ranks.device or decoder.head_weight.device
+        peak = peak_flops(self._device, decoder.head_weight.dtype)
+        self._peak_flops = None if peak is None else peak * ranks.world_size
+        shards = parallelise(decoder, ranks, activation_checkpointing=settings.activation_checkpointing)
+        if reference is not None:
+            parallelise(reference, ranks, activation_checkpointing=False)
         self._reference = reference
         self._objective_settings = objective
         self._objective = build_objective(objective)
@@ -80,22 +97,27 @@ class Learner:
         self._total_updates = total_updates
         self._seed = seed
         self._optimizer = MasterAdamW(
-            decoder, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+            decoder,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            ranks=ranks,
+            shards=shards,
         )
 
     def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """Train on one generation batch and return the step's metrics.
+        """Train on one generation batch and return the step's metrics, those of all ranks in each; collective.
 
         Raises CispoError, before the weights change, when a loss or gradient is not finite. A step in which every group
         was dropped makes no update; the policy version grows all the same, because the step is over.
         """
         started = time.perf_counter()
-        record = StepRecord(self.policy_version)
+        record = StepRecord(self.policy_version, self._peak_flops)
         advantages = group_advantages(groups, self._advantage)
         kept = training_sequences(groups, advantages)
         record.add_groups(groups, advantages, kept_groups=len(kept))
         mini_batches = [
-            list(self._micro_batches(sequences))
+            self._micro_batches(sequences)
             for sequences in split_mini_batches(kept, self._settings.updates_per_step, seed=self._seed, step=step)
         ]
         if self._objective_settings.needs_proximal or self._objective_settings.needs_reference:
@@ -103,18 +125,53 @@ class Learner:
         for index, mini_batch in enumerate(mini_batches):
             self._update(mini_batch, record, groups, step, is_first=index == 0)
         self.policy_version += 1
+        record.merge(self._ranks)
         return record.metrics(self.policy_version, time.perf_counter() - started)
 
     def policy_tensors(self) -> dict[str, Tensor]:
-        """The policy's weights by name, in the dtype it computes in; those in use, not copies."""
-        return {name: parameter.detach() for name, parameter in self.decoder.named_parameters()}
+        """The policy's weights by name, in the dtype it computes in; those in use, not copies. Collective.
+
+        Of several ranks, the first gets them whole, on its device; the others get none.
+        """
+        if self._ranks.is_alone:
+            return {name: parameter.detach() for name, parameter in self.decoder.named_parameters()}
+        return {name: weight for name, weight in self.each_weight() if self._ranks.rank == 0}
+
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights one after the other, whole on every rank; collective, to the end.
+
+        For several ranks to send them on: no more than one is whole at a time.
+        """
+        return self._optimizer.parameters()
+
+    def whole_policy(self) -> Decoder | None:
+        """The policy to be saved: the decoder itself, or, of several ranks, a copy on the first's CPU. Collective.
+
+        None on the others.
+        """
+        if self._ranks.is_alone:
+            return self.decoder
+        weights = {name: weight.cpu() for name, weight in self.each_weight() if self._ranks.rank == 0}
+        if self._ranks.rank:
+            return None
+        whole = Decoder(self.decoder.config)
+        whole.trained_ids = self.decoder.trained_ids
+        whole.load_state_dict(weights, assign=True)
+        return whole
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that an exact continuation needs: masters, moments, update count and policy version."""
-        return {"policy_version": torch.tensor(self.policy_version), **self._optimizer.state_dict()}
+        """Everything that an exact continuation needs: masters, moments, update count and policy version. Collective.
+
+        Of several ranks, the first gets it, the same as of one, on the CPU; the others get an empty dict.
+        """
+        state = self._optimizer.state_dict()
+        return {"policy_version": torch.tensor(self.policy_version), **state} if state else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken; the policy's own weights are restored with it."""
+        """Go on where `state_dict` was taken, with the same number of ranks or another.
+
+        The policy's own weights are restored with it. Every rank takes the whole state, and its part of it.
+        """
         rest = dict(state)
         version = rest.pop("policy_version", None)
         if version is None:
@@ -122,11 +179,7 @@ class Learner:
         self._optimizer.load_state_dict(rest)
         self.policy_version = int(version)
 
-    @property
-    def _device(self) -> torch.device:
-        return self.decoder.head_weight.device
-
-    def _micro_batches(self, sequences: Sequence[TrainSequence]) -> Iterator[MicroBatch]:
+    def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[MicroBatch]:
         settings = self._objective_settings
         normaliser = settings.normaliser_tokens if isinstance(settings, DrGrpoSettings) else None
         weights = token_weights(
@@ -136,7 +189,14 @@ class Learner:
             normaliser_tokens=normaliser or self._max_completion_tokens,
         )
         budget = self._settings.tokens_per_micro_batch
-        return pack_micro_batches(sequences, weights, budget, shares_prompts=self.shares_prompts)
+        return deal_micro_batches(
+            sequences,
+            weights,
+            budget,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            shares_prompts=self.shares_prompts,
+        )
 
     @torch.no_grad()
     def _scored(self, micro: MicroBatch, record: StepRecord) -> MicroBatch:
@@ -144,7 +204,8 @@ class Learner:
         tokens = micro.tokens
         if self._objective_settings.needs_proximal:
             proximal_logprob_N = self._logprobs(self.decoder, micro)
-            record.add_mismatch(tokens, proximal_logprob_N)
+            if not micro.is_filler:
+                record.add_mismatch(tokens, proximal_logprob_N)
             tokens = replace(tokens, proximal_logprob_N=proximal_logprob_N)
         if self._reference is not None:
             tokens = replace(tokens, reference_logprob_N=self._logprobs(self._reference, micro))
@@ -154,6 +215,7 @@ class Learner:
         there = micro.to(self._device)
         hidden_MD = self._hidden(decoder, there)
         logprob_M, _ = head_logprobs(hidden_MD, decoder.head_weight, there.targets_M, temperature=self._temperature)
+        release(decoder)
         return logprob_M.cpu()
 
     def _hidden(self, decoder: Decoder, micro: MicroBatch, sums: RouterSums | None = None) -> Tensor:
@@ -185,10 +247,13 @@ class Learner:
         for micro in mini_batch:
             there = micro.to(self._device)
             head = self._forward_backward(there, balance, record)
+            if micro.is_filler:
+                continue
             tokens = there.tokens.with_logprob(head.logprob_N)
             result = self._objective.coefficients(tokens)
             losses.append((result.loss_N, there.tokens.group_N))
-            record.add_micro_batch(result, head.entropy_N, tokens=len(micro.ids_N))
+            flops = training_flops(self.decoder.config, micro.cu_seqlens.diff().tolist(), len(micro.rows_M))
+            record.add_micro_batch(result, head.entropy_N, tokens=len(micro.ids_N), flops=flops)
             if is_first and not self._objective_settings.needs_proximal:
                 record.add_mismatch(micro.tokens, head.logprob_N)
         norm = self._optimizer.clip(self._settings.max_grad_norm)
@@ -206,12 +271,15 @@ class Learner:
     def _balance(self, mini_batch: Sequence[MicroBatch]) -> RouterBalance:
         config = self.decoder.config
         if self._settings.routing_replay:
-            return RouterBalance.of_replayed([_recorded_experts(m) for m in mini_batch], config.experts, self._device)
+            ids = [_recorded_experts(micro) for micro in mini_batch if not micro.is_filler]
+            return RouterBalance.of_replayed(ids, config, self._device, self._ranks)
 
         def route(micro: MicroBatch, sums: RouterSums) -> None:
-            self._hidden(self.decoder, micro.to(self._device), sums)
+            unheard = RouterSums(config, self._device, for_loss=True)
+            self._hidden(self.decoder, micro.to(self._device), unheard if micro.is_filler else sums)
+            release(self.decoder)
 
-        return RouterBalance.of(mini_batch, config, self._device, route)
+        return RouterBalance.of(mini_batch, config, self._device, route, self._ranks)
 
     def _forward_backward(self, micro: MicroBatch, balance: RouterBalance | None, record: StepRecord) -> HeadLoss:
         def coefficients(logprob_C: Tensor, rows: slice) -> Tensor:
@@ -228,23 +296,28 @@ class Learner:
             coefficients,
             temperature=self._temperature,
         )
-        router_loss = balance.loss(sums) if balance and sums else None
+        router_loss = balance.loss(sums) if balance and sums and not micro.is_filler else None
+        if sums is not None and not micro.is_filler:
+            # Before the backward, which may run the routers again, and they would be counted twice.
+            record.routers.add(sums, router_loss)
         coefficient = self._settings.router_aux_loss_coef
         torch.autograd.backward(head.loss if router_loss is None else (head.loss, coefficient * router_loss))
         self._optimizer.collect()
-        if sums is not None:
-            record.routers.add(sums, router_loss)
         return head
 
     def _refuse_non_finite(
         self, losses: Sequence[tuple[Tensor, Tensor]], norm: Tensor, groups: Sequence[ScoredGroup], step: int
     ) -> None:
-        if bool(norm.isfinite()) and all(bool(loss_N.isfinite().all()) for loss_N, _ in losses):
+        is_fine = all(bool(loss_N.isfinite().all()) for loss_N, _ in losses)
+        if bool(norm.isfinite()) and all(self._ranks.gather_objects(is_fine)):
             return
         self._optimizer.forget()
-        bad = {int(group) for loss_N, group_N in losses for group in group_N[~loss_N.isfinite()].tolist()}
+        own_bad = {int(group) for loss_N, group_N in losses for group in group_N[~loss_N.isfinite()].tolist()}
+        own = {int(group) for _, group_N in losses for group in group_N.tolist()}
+        of_ranks = self._ranks.gather_objects((own_bad, own))
+        bad = set().union(*(of_rank for of_rank, _ in of_ranks))
         what = "the loss" if bad else "the gradient"
-        suspects = sorted(bad or {int(group) for _, group_N in losses for group in group_N.tolist()})
+        suspects = sorted(bad or set().union(*(of_rank for _, of_rank in of_ranks)))
         names = ", ".join(repr(groups[group].prompt.id) for group in suspects[:4])
         more = f" and {len(suspects) - 4} more" if len(suspects) > 4 else ""
         raise CispoError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from cispo.advantage import AdvantageBatch, Float64Array
 from cispo.batch import TokenBatch
 from cispo.objective import Coefficients
+from cispo.parallel.ranks import Ranks
 from cispo.router_balance import RouterTotals
 from cispo.types import Int32Array, ScoredGroup
 
@@ -26,10 +27,14 @@ _MEANS = {
 
 
 class StepRecord:
-    """The measurements of one step; `policy_version` is the learner's before it. routers: what its routers did."""
+    """The measurements of one step; `policy_version` is the learner's before it. routers: what its routers did.
 
-    def __init__(self, policy_version: int) -> None:
+    peak_flops: operations a second that all devices of the learner can do at best; None where that is not known.
+    """
+
+    def __init__(self, policy_version: int, peak_flops: float | None = None) -> None:
         self._policy_version = policy_version
+        self._peak_flops = peak_flops
         self._sums: dict[str, float] = defaultdict(float)
         self._ratio_max = 0.0
         self._mismatch: list[Float64Array] = []
@@ -50,13 +55,14 @@ class StepRecord:
                 elif advantage.group in advantages.kept:
                     self._ages.append(self._policy_version - rollout.policy_versions_T[sampled])
 
-    def add_micro_batch(self, result: Coefficients, entropy_N: Tensor, *, tokens: int) -> None:
-        """Add one micro batch of `tokens` packed tokens."""
+    def add_micro_batch(self, result: Coefficients, entropy_N: Tensor, *, tokens: int, flops: float) -> None:
+        """Add one micro batch of `tokens` packed tokens, whose forward and backward are so many operations."""
         sums = {**result.sums, "entropy": entropy_N.sum(dtype=torch.float64)}
         *values, ratio_max = torch.stack([*sums.values(), result.maxima["ratio"].double()]).tolist()
         for name, value in zip(sums, values, strict=True):
             self._sums[name] += value
         self._sums["packed_tokens"] += tokens
+        self._sums["flops"] += flops
         self._ratio_max = max(self._ratio_max, ratio_max)
 
     def add_mismatch(self, tokens: TokenBatch, logprob_N: Tensor) -> None:
@@ -68,6 +74,24 @@ class StepRecord:
     def add_update(self, grad_norm: float, learning_rate: float) -> None:
         self._norms.append(grad_norm)
         self._learning_rate = learning_rate
+
+    def merge(self, ranks: Ranks) -> None:
+        """Add what the other ranks measured in their micro batches; collective, once, before `metrics`.
+
+        What was measured on the groups, the gradient norms and the learning rate are the same on every rank.
+        """
+        if ranks.is_alone:
+            return
+        own = {name: value for name, value in self._sums.items() if name != "unscored_tokens"}
+        for name in own:
+            self._sums[name] = 0.0
+        of_ranks = ranks.gather_objects((own, self._ratio_max, self._mismatch))
+        for sums, _, _ in of_ranks:
+            for name, value in sums.items():
+                self._sums[name] += value
+        self._ratio_max = max(ratio_max for _, ratio_max, _ in of_ranks)
+        self._mismatch = [difference for _, _, differences in of_ranks for difference in differences]
+        self.routers.merge(ranks)
 
     def metrics(self, policy_version: int, seconds: float) -> dict[str, float]:
         """The step's metrics; those that had nothing to measure are absent."""
@@ -89,6 +113,8 @@ class StepRecord:
         unscored = sums["unscored_tokens"]
         ages = np.concatenate(self._ages)
         metrics = {metric: sums[name] / tokens for name, metric in _MEANS.items() if name in sums}
+        if self._peak_flops is not None:
+            metrics["perf/mfu"] = sums["flops"] / seconds / self._peak_flops
         return metrics | {
             "loss/policy": sums["loss"] / len(self._norms),
             "loss/frac_masked": (sums["masked"] + unscored) / (tokens + unscored),

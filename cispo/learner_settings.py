@@ -35,6 +35,8 @@ class LearnerSettings(BaseModel):
     """Mini batches that a step's groups are split into, one update each, in one pass (16 in the paper)."""
     tokens_per_micro_batch: int = Field(default=8192, ge=1)
     """Tokens of one forward and backward; it bounds memory and changes no result. A longer sequence goes alone."""
+    activation_checkpointing: bool = False
+    """Compute each sublayer again in its backward, in place of keeping what it computed; it changes no result."""
     routing_replay: bool = False
     """Run each token through the experts that it went to while sampling; gate weights are the router's as it is now."""
     router_aux_loss_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)

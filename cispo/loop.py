@@ -11,10 +11,11 @@ and each prompt belongs to its step as with k = 0: none is lost or seen twice, w
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from typing import Any
 
-from cispo.checkpoint import list_checkpoints
+from cispo.checkpoint import best_step, keep_best, list_checkpoints
 from cispo.crew import Crew
 from cispo.data import load_prompts
 from cispo.errors import CispoError, LearnerLostError, RecipeError, RewardError, RunFolderError
@@ -22,7 +23,7 @@ from cispo.evaluation import Evaluation, describe_gain, evaluate
 from cispo.group_metrics import add_groups
 from cispo.metrics import StepMetrics, Sum
 from cispo.preflight import check_start
-from cispo.prompt_order import prompts_of_step
+from cispo.prompt_order import StepPrompts, prompts_of_step
 from cispo.ray_runtime import ray_session
 from cispo.recipe.schema import TrainRecipe
 from cispo.resources import resolve_policy
@@ -33,6 +34,7 @@ from cispo.run_folder import RunFolder, plain_settings
 from cispo.sampler import Collected
 from cispo.schedule import write_schedule
 from cispo.types import Prompt, Score, ScoredGroup, ScoreStatus
+from cispo.unsolved_prompts import UnsolvedPrompts
 from cispo.views import Views, open_views
 
 LEARNER_DEATHS_AT_A_STEP = 3
@@ -90,6 +92,11 @@ class _Run:
         self._latest: Evaluation | None = None
         self._under_way: dict[int, list[GroupRequest]] = {}
         self._lost_after: list[int] = []
+        self._unsolved: UnsolvedPrompts | None = None
+        if recipe.rollout.drop_solved_at is not None:
+            self._unsolved = UnsolvedPrompts(
+                prompts, recipe.rollout.prompts_per_step, seed=recipe.seed, solved_at=recipe.rollout.drop_solved_at
+            )
 
     def start(self, *, resume: bool) -> None:
         """Bring weights and folder to where the run stands, and measure the policy that it started from."""
@@ -97,8 +104,7 @@ class _Run:
         if checkpoints:
             if not resume:
                 raise RunFolderError(f"{self.folder.path} holds checkpoints; continue it with --resume")
-            state = self.crew.load(checkpoints[-1])
-            self.step = int(state["step"])
+            self._restore(self.crew.load(checkpoints[-1]))
             self.views.message(f"resumed from {checkpoints[-1].name}")
         self.folder.truncate_after(self.step)
         self.crew.quarantine(self.folder.read_quarantine())
@@ -142,6 +148,9 @@ class _Run:
             write_schedule(self.folder, step, groups, self.crew.weights_checksum)
         self._add_reward_statistics(metrics)
         self.step = step
+        if self._unsolved is not None:
+            self._unsolved.record(groups)
+            metrics.update({"group/left_out_solved": float(self._unsolved.left_out(step))})
         if self._evaluates_after(step):
             self._latest = self._evaluate()
             metrics.update(self._latest.metrics())
@@ -152,7 +161,7 @@ class _Run:
         reduced = metrics.reduce()
         self.folder.append_metrics(step, reduced)
         self.views.step(step, reduced)
-        if step % self.recipe.checkpoint.every_steps == 0 or step == self.recipe.steps:
+        if self._saves_after(step, reduced):
             self._save()
 
     def finish(self) -> None:
@@ -180,12 +189,17 @@ class _Run:
 
     def _requests(self, step: int) -> list[GroupRequest]:
         rollout = self.recipe.rollout
-        chosen = prompts_of_step(self.prompts, rollout.prompts_per_step, seed=self.recipe.seed, step=step)
+        chosen = self._prompts_of(step)
         size, temperature, stream = rollout.group_size, rollout.temperature, f"epoch {chosen.epoch}"
         return [
             group_request(prompt, rollout, group_size=size, temperature=temperature, stream=stream)
             for prompt in chosen.prompts
         ]
+
+    def _prompts_of(self, step: int) -> StepPrompts:
+        if self._unsolved is not None:
+            return self._unsolved.prompts_of_step(step)
+        return prompts_of_step(self.prompts, self.recipe.rollout.prompts_per_step, seed=self.recipe.seed, step=step)
 
     def _report_unsampled(self, step: int, collected: Collected) -> None:
         """Say which prompts have no group; CispoError where none has one."""
@@ -207,7 +221,7 @@ class _Run:
         self.views.message(f"step {self.step + 1}: {lost}; the learner starts again from {newest.name}")
         self._under_way.clear()
         self.crew.restart_learner()
-        self.step = int(self.crew.load(newest)["step"])
+        self._restore(self.crew.load(newest))
         self.folder.truncate_after(self.step)
         self.crew.broadcast()
 
@@ -261,8 +275,26 @@ class _Run:
             for name, value in statistics.items():
                 metrics.add(name, Sum(value))
 
+    def _saves_after(self, step: int, metrics: Mapping[str, float]) -> bool:
+        checkpoint = self.recipe.checkpoint
+        if step % checkpoint.every_steps == 0 or step == self.recipe.steps:
+            return True
+        best = checkpoint.keep_best
+        return best is not None and best in metrics and best_step(self.folder.read_metrics(), best) == step
+
     def _save(self) -> None:
-        self.crew.save(self.folder.checkpoint_path(self.step), {"step": self.step})
+        path, best = self.folder.checkpoint_path(self.step), self.recipe.checkpoint.keep_best
+        if best is not None:
+            # Before the save, which removes older checkpoints.
+            keep_best(path.parent, self.folder.read_metrics(), best)
+        unsolved = {} if self._unsolved is None else {"unsolved": self._unsolved.state_dict()}
+        self.crew.save(path, {"step": self.step} | unsolved)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Take the loop's own state from a checkpoint's."""
+        self.step = int(state["step"])
+        if self._unsolved is not None:
+            self._unsolved.load_state_dict(state.get("unsolved", {}))
 
     def _progress(self, phase: str) -> Callable[[int, int], None]:
         return lambda done, total: self.views.phase(phase, done, total)

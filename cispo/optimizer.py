@@ -3,14 +3,20 @@
 A float32 parameter is its own master. Any other has a float32 copy that the updates are made on and that is rounded
 back into the parameter after each; its gradients are added up in float32 over micro batches. Nothing here waits for the
 device: norms stay tensors until somebody reads them.
+
+Where a learner has several ranks, each has masters and moments of its own shards alone, and norms, states and weights
+are of all of them: what is collective below must be called by every rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from cispo.errors import CheckpointError
+from cispo.parallel.parallelise import local
+from cispo.parallel.ranks import ALONE, Ranks
+from cispo.parallel.shards import Shard
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -19,14 +25,23 @@ class MasterAdamW:
     """AdamW (arXiv 1711.05101) over a module's trainable parameters; weight decay spares those of one dimension.
 
     An update is: any number of `loss.backward()` each followed by `collect()`, then `clip()`, then `update()`.
+    ranks, shards: who else has parts of the module, and which, as `cispo.parallel.parallelise` gave them.
     """
 
-    def __init__(self, module: nn.Module, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        ranks: Ranks = ALONE,
+        shards: Mapping[str, Shard] | None = None,
+    ) -> None:
+        self._ranks = ranks
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._masters = {
-            name: p if p.dtype is torch.float32 else nn.Parameter(p.detach().float())
-            for name, p in self._parameters.items()
-        }
+        self._shards = dict(shards or {name: Shard(p.shape) for name, p in self._parameters.items()})
+        self._masters = {name: _master(p) for name, p in self._parameters.items()}
         decayed = [master for master in self._masters.values() if master.dim() > 1]
         spared = [master for master in self._masters.values() if master.dim() <= 1]
         self._adamw = torch.optim.AdamW(
@@ -48,14 +63,17 @@ class MasterAdamW:
             master = self._masters[name]
             if parameter is master or parameter.grad is None:
                 continue
-            gradient = parameter.grad.float()
+            gradient = local(parameter.grad).float()
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to a global norm of max_norm; the norm before it, a float32 scalar tensor."""
+        """Scale the gradients down to a global norm of max_norm; collective.
+
+        Returns the norm before it, a float32 scalar tensor.
+        """
         masters = list(self._masters.values())
-        norm = nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
+        norm = self._norm() if self._ranks.is_alone else self._norm_over_ranks()
         if max_norm != float("inf"):
             nn.utils.clip_grads_with_norm_(masters, max_norm, norm)
         return norm
@@ -73,9 +91,7 @@ class MasterAdamW:
         # The fused step changes parameters without counting it, and packed copies of them are kept by that count.
         torch.autograd.graph.increment_version(list(self._masters.values()))
         self.forget()
-        for name, parameter in self._parameters.items():
-            if parameter is not self._masters[name]:
-                parameter.copy_(self._masters[name])
+        self._round_into_parameters()
         self.updates += 1
 
     def forget(self) -> None:
@@ -84,20 +100,38 @@ class MasterAdamW:
             parameter.grad = None
             self._masters[name].grad = None
 
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole weights, in the dtype that the policy computes in, one after the other; collective.
+
+        Those in use where there is one rank. The others must be iterated over to the end, by every rank.
+        """
+        for name, parameter in self._parameters.items():
+            yield name, self._shards[name].gather(local(parameter.detach()), self._ranks)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Masters, moments and the update count by name, for safetensors; the tensors are those in use, not copies."""
+        """Masters, moments and the update count by name, for safetensors; collective.
+
+        The tensors are those in use, not copies. Of several ranks, the first gets them whole, on the CPU, whatever the
+        number of ranks; the others get none.
+        """
         state = {"updates": torch.tensor(self.updates)}
-        for name, master in self._masters.items():
-            state[f"master/{name}"] = master.detach()
-            for moment in _MOMENTS:
-                state[f"{moment}/{name}"] = self._adamw.state[master][moment]
-        return state
+        for name, tensor in self._own_state():
+            whole = self._shards[name.partition("/")[2]].gather(tensor, self._ranks)
+            if self._ranks.is_alone:
+                state[name] = whole
+            elif self._ranks.rank == 0:
+                state[name] = whole.cpu()
+        return state if self._ranks.rank == 0 else {}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on exactly where `state_dict` was taken; CheckpointError when names or shapes are another model's."""
-        own = self.state_dict()
-        wrong = sorted(own.keys() ^ state.keys()) or sorted(n for n in own if own[n].shape != state[n].shape)
+        """Go on exactly where `state_dict` was taken, with any number of ranks; all of them take the same state.
+
+        CheckpointError when names or shapes are another model's.
+        """
+        own = dict(self._own_state())
+        shapes = {name: self._shards[name.partition("/")[2]].shape for name in own} | {"updates": torch.Size(())}
+        wrong = sorted(shapes.keys() ^ state.keys()) or sorted(n for n in shapes if shapes[n] != state[n].shape)
         if wrong:
             raise CheckpointError(
                 f"the optimiser state does not fit the policy ({len(wrong)} names or shapes differ, first {wrong[0]}); "
@@ -105,9 +139,46 @@ class MasterAdamW:
             )
         self.updates = int(state["updates"])
         for name, tensor in own.items():
-            if name != "updates":
-                tensor.copy_(state[name])
-        for name, master in self._masters.items():
+            tensor.copy_(self._shards[name.partition("/")[2]].cut(state[name], self._ranks.rank))
+        for master in self._masters.values():
             self._adamw.state[master]["step"].fill_(self.updates)
-            if self._parameters[name] is not master:
-                self._parameters[name].copy_(master)
+        self._round_into_parameters()
+
+    def _own_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Masters and moments as this rank has them."""
+        for name, master in self._masters.items():
+            yield f"master/{name}", master.detach()
+            for moment in _MOMENTS:
+                yield f"{moment}/{name}", self._adamw.state[master][moment]
+
+    def _round_into_parameters(self) -> None:
+        for name, parameter in self._parameters.items():
+            held, master = local(parameter), self._masters[name]
+            # A float32 master is the parameter's own memory, unless its owner has moved it since.
+            if held.dtype is not master.dtype or held.data_ptr() != master.data_ptr():
+                held.copy_(master)
+
+    def _norm(self, names: Collection[str] | None = None) -> Tensor:
+        masters = [master for name, master in self._masters.items() if names is None or name in names]
+        return nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
+
+    def _norm_over_ranks(self) -> Tensor:
+        """Of the gradients of all ranks; those of weights that every rank has are added up first."""
+        shared = [name for name, shard in self._shards.items() if shard.bounds is None and name in self._masters]
+        masters = [self._masters[name] for name in shared]
+        if masters:
+            parts = [torch.zeros_like(m) if m.grad is None else m.grad for m in masters]
+            total = self._ranks.add_up(torch.cat([part.flatten() for part in parts]))
+            for master, gradient in zip(masters, total.split([m.numel() for m in masters]), strict=True):
+                master.grad = gradient.view_as(master)
+        counted = self._masters.keys() - (shared if self._ranks.rank else [])
+        square = self._norm(counted).double().square().to(next(iter(self._masters.values())).device)
+        return self._ranks.add_up(square).sqrt().float()
+
+
+@torch.no_grad()
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    held = local(parameter)
+    if held is parameter and parameter.dtype is torch.float32:
+        return parameter
+    return nn.Parameter(held.float())

@@ -24,7 +24,11 @@ def prompts_of_step(prompts: Sequence[Prompt], per_step: int, *, seed: int, step
     if steps_per_epoch < 1:
         raise ValueError(f"{len(prompts)} prompts are fewer than the {per_step} of one step; lower prompts_per_step")
     epoch, at = divmod(step - 1, steps_per_epoch)
+    return StepPrompts(tuple(epoch_order(prompts, seed=seed, epoch=epoch)[at * per_step : (at + 1) * per_step]), epoch)
+
+
+def epoch_order(prompts: Sequence[Prompt], *, seed: int, epoch: int) -> list[Prompt]:
+    """All prompts in the order of one pass over the data, counted from 0."""
     order = list(range(len(prompts)))
     random.Random(f"{seed}:{epoch}").shuffle(order)
-    chosen = order[at * per_step : (at + 1) * per_step]
-    return StepPrompts(tuple(prompts[index] for index in chosen), epoch)
+    return [prompts[index] for index in order]

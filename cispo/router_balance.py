@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cispo.model.config import ModelConfig
 from cispo.model.router_sums import RouterSums, load_balancing_loss
+from cispo.parallel.ranks import ALONE, Ranks
 
 
 class Packed(Protocol):
@@ -41,23 +42,35 @@ class RouterBalance:
         config: ModelConfig,
         device: torch.device,
         route: Callable[[Micro, RouterSums], object],
+        ranks: Ranks = ALONE,
     ) -> "RouterBalance":
-        """route: a forward over a micro batch that fills the sums; it is run, without gradients, on several only."""
-        rows = sum(len(micro.ids_N) for micro in micros) * len(config.routed_layers)
-        if len(micros) == 1:
-            return cls(rows, None)
+        """route: a forward over a micro batch that fills the sums, or, for a filler, does not.
+
+        It is run, without gradients, unless there is one micro batch in all. Collective, where there are more ranks.
+        """
+        if len(micros) == 1 and ranks.is_alone:
+            return cls(len(micros[0].ids_N) * len(config.routed_layers), None)
         sums = RouterSums(config, device, for_loss=True)
         with torch.no_grad():
             for micro in micros:
                 route(micro, sums)
-        return cls(rows, _load(sums, rows))
+        return cls._of_choices(sums.choices_LE.sum(0), config.experts_per_token, ranks)
 
     @classmethod
-    def of_replayed(cls, ids_NLK: Sequence[Tensor], experts: int, device: torch.device) -> "RouterBalance":
+    def of_replayed(
+        cls, ids_NLK: Sequence[Tensor], config: ModelConfig, device: torch.device, ranks: Ranks = ALONE
+    ) -> "RouterBalance":
         """The same where the experts of every micro batch are replayed, and so are known without a forward."""
-        rows = sum(ids.shape[0] * ids.shape[1] for ids in ids_NLK)
-        choices_E = torch.stack([torch.bincount(ids.flatten(), minlength=experts) for ids in ids_NLK]).sum(0)
-        return cls(rows, (choices_E.double() / rows).to(device, torch.float32))
+        choices_E = torch.zeros(config.experts, dtype=torch.int64)
+        for ids in ids_NLK:
+            choices_E += torch.bincount(ids.flatten(), minlength=config.experts)
+        return cls._of_choices(choices_E.to(device), config.experts_per_token, ranks)
+
+    @classmethod
+    def _of_choices(cls, choices_E: Tensor, experts_per_token: int, ranks: Ranks) -> "RouterBalance":
+        choices_E = ranks.add_up(choices_E)
+        rows = int(choices_E.sum()) // experts_per_token
+        return cls(rows, (choices_E.double() / rows).float())
 
     def loss(self, sums: RouterSums) -> Tensor:
         """A micro batch's part of the loss, before the coefficient; the parts add up to the mini batch's."""
@@ -89,6 +102,23 @@ class RouterTotals:
         self._experts_per_token = sums.experts_per_token
         if loss is not None:
             self._loss = loss.detach().double() + (0.0 if self._loss is None else self._loss)
+
+    def merge(self, ranks: Ranks) -> None:
+        """Add what the routers of the other ranks did; collective."""
+        own = None
+        if self._choices_LE is not None:
+            loss = None if self._loss is None else self._loss.cpu()
+            sums = self._choices_LE.cpu(), float(self._entropy), float(self._differing)
+            own = *sums, self._replayed, self._experts_per_token, loss
+        held = [totals for totals in ranks.gather_objects(own) if totals is not None]
+        if not held or ranks.is_alone:
+            return
+        choices, entropies, differing, replayed, per_token, losses = zip(*held, strict=True)
+        self._choices_LE = torch.stack(choices).sum(0)
+        self._entropy, self._differing, self._replayed = sum(entropies), sum(differing), sum(replayed)
+        self._experts_per_token = per_token[0]
+        known = [loss for loss in losses if loss is not None]
+        self._loss = torch.stack(known).sum(0) if known else None
 
     def metrics(self, updates: int) -> dict[str, float]:
         """Their metrics, over so many updates; nothing if nothing was added."""

@@ -226,7 +226,8 @@ class Sampler:
 
     def _take_scores(self, member: Member, key: Key, group: Group, call: Any) -> None:
         try:
-            self._scored[key] = await_result(call, timeout_s=0, what=f"{member.name} to score a group")
+            scores = await_result(call, timeout_s=0, what=f"{member.name} to score a group")
+            self._scored[key] = ScoredGroup(group.prompt, group.rollouts, scores)
         except ActorLostError as lost:
             self.deaths["reward"] += 1
             self._reward_deaths[key] += 1

@@ -45,9 +45,42 @@ def pass_at_1(correct: Sequence[Sequence[bool]]) -> Estimate:
     rates = [sum(completions) / len(completions) for completions in correct if completions]
     if not rates:
         raise ValueError("pass@1 of no completions at all; evaluate at least one prompt")
-    mean = math.fsum(rates) / len(rates)
+    return _mean_of_rates(rates, sum(map(len, correct)))
+
+
+def mean_pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> Estimate:
+    """Mean over prompts of the unbiased pass@k; prompts without completions are left out.
+
+    The interval is that of pass@1, over the prompts' estimates. ValueError when a prompt has fewer than k completions,
+    or none has any.
+    """
+    rates = [pass_at_k(len(completions), sum(completions), k) for completions in correct if completions]
+    if not rates:
+        raise ValueError(f"pass@{k} of no completions at all; evaluate at least one prompt")
+    return _mean_of_rates(rates, sum(map(len, correct)))
+
+
+def mean_reward(rewards: Sequence[Sequence[float]]) -> Estimate:
+    """Mean over prompts of the mean reward of their completions; prompts without any are left out.
+
+    Normal interval over the prompts (sample variance), as rewards have no bounds; of one prompt it is the value alone.
+    ValueError when no prompt has a completion.
+    """
+    means = [math.fsum(values) / len(values) for values in rewards if values]
+    if not means:
+        raise ValueError("the mean reward of no completions at all; evaluate at least one prompt")
+    mean = math.fsum(means) / len(means)
+    if len(means) == 1:
+        return Estimate(mean, mean, mean)
+    variance = math.fsum((value - mean) ** 2 for value in means) / (len(means) - 1)
+    half = Z95 * math.sqrt(variance / len(means))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def _mean_of_rates(rates: Sequence[float], completions: int) -> Estimate:
+    """The mean of the prompts' rates, each in [0, 1], out of so many completions in all."""
+    mean = min(1.0, math.fsum(rates) / len(rates))
     variance = math.fsum((rate - mean) ** 2 for rate in rates) / len(rates)
-    completions = sum(map(len, correct))
     # var <= p (1 - p), so the effective number lies between prompts and completions; at p = 0 or 1 nothing is known of
     # the likeness within a prompt, and the lower number is the safe one.
     trials = float(len(rates))
@@ -94,11 +127,14 @@ def paired_gain(before: Sequence[Sequence[bool]], after: Sequence[Sequence[bool]
     return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half))
 
 
-def evaluation_metrics(name: str, outcomes: Sequence[PromptOutcome]) -> dict[str, float]:
+def evaluation_metrics(
+    name: str, outcomes: Sequence[PromptOutcome], *, pass_at: Sequence[int] = ()
+) -> dict[str, float]:
     """The rows eval/{name}/... of the metric table.
 
-    pass@k and avg@k are over the smallest number of completions that a prompt has. Raises ValueError when there is no
-    outcome at all; when every reward failed only eval/{name}/frac_error is given.
+    avg@k and the last pass@k are over the smallest number of completions that a prompt has; `pass_at` are further k,
+    of which larger ones are left out. Raises ValueError when there is no outcome at all; when every reward failed only
+    eval/{name}/frac_error is given.
     """
     usable = [outcome for outcome in outcomes if outcome.correct]
     completions = sum(len(outcome.correct) for outcome in usable)
@@ -107,15 +143,16 @@ def evaluation_metrics(name: str, outcomes: Sequence[PromptOutcome]) -> dict[str
         raise ValueError(f"evaluation {name!r} has no completions; evaluate at least one prompt")
     metrics = {"frac_error": errors / (completions + errors)}
     if usable:
-        k = min(len(outcome.correct) for outcome in usable)
-        estimate = pass_at_1([outcome.correct for outcome in usable])
+        least = min(len(outcome.correct) for outcome in usable)
+        correct = [outcome.correct for outcome in usable]
+        estimates = {"pass@1": pass_at_1(correct)}
+        for k in sorted({least, *pass_at} - {1}):
+            if k <= least:
+                estimates[f"pass@{k}"] = mean_pass_at_k(correct, k)
+        estimates[f"avg@{least}"] = mean_reward([outcome.rewards for outcome in usable])
+        for key, estimate in estimates.items():
+            metrics |= {key: estimate.value, f"{key}/low": estimate.low, f"{key}/high": estimate.high}
         formed = [(c, w) for outcome in usable for c, w in zip(outcome.correct, outcome.well_formed, strict=True)]
-        metrics |= {"pass@1": estimate.value, "pass@1/low": estimate.low, "pass@1/high": estimate.high}
-        if k > 1:
-            chances = [pass_at_k(len(outcome.correct), sum(outcome.correct), k) for outcome in usable]
-            metrics[f"pass@{k}"] = math.fsum(chances) / len(usable)
-        means = [math.fsum(outcome.rewards) / len(outcome.rewards) for outcome in usable]
-        metrics[f"avg@{k}"] = math.fsum(means) / len(usable)
         metrics["well_formed"] = sum(w for _, w in formed) / completions
         if any(w for _, w in formed):
             metrics["correct_given_form"] = sum(c for c, w in formed if w) / sum(w for _, w in formed)

@@ -141,6 +141,11 @@ class Score:
     info: Mapping[str, Any] = field(default_factory=dict)
     message: str = ""
 
+    @property
+    def is_correct(self) -> bool:
+        """By the part `correct` where a reward gives one, else a full reward of 1."""
+        return self.parts.get("correct", self.value) >= 1.0
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:

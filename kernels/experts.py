@@ -27,16 +27,16 @@ _DENSE_MAX_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Dispatch:
+class Dispatch:
     """row_NK: buffer row of each (token, choice). token_R: token of each row; slot_R: its (token, choice), or -1."""
 
     row_NK: Tensor
     token_R: Tensor
     slot_R: Tensor
-    row_ends_E: Tensor
 
 
-def _dispatch(expert_ids_NK: Tensor, experts: int) -> _Dispatch:
+def _dispatch(expert_ids_NK: Tensor, experts: int) -> tuple[Dispatch, Tensor]:
+    """Rows by expert, padded, and the int32 ends of each expert's rows in the buffer."""
     tokens, k = expert_ids_NK.shape
     flat = expert_ids_NK.reshape(-1)
     order = torch.sort(flat, stable=True).indices
@@ -51,7 +51,7 @@ def _dispatch(expert_ids_NK: Tensor, experts: int) -> _Dispatch:
     row_NK = torch.empty_like(flat).index_copy_(0, order, rows_sorted)
     token_R = torch.div(slot_R, k, rounding_mode="floor").clamp_(min=0)
     row_ends_E[-1] = capacity
-    return _Dispatch(row_NK.view(tokens, k), token_R, slot_R, row_ends_E.to(torch.int32))
+    return Dispatch(row_NK.view(tokens, k), token_R, slot_R), row_ends_E.to(torch.int32)
 
 
 def _buffer_rows(choices: int, experts: int) -> int:
@@ -63,7 +63,7 @@ class _Permute(torch.autograd.Function):
     """x [N, D] into the buffer [R, D]."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, dispatch: _Dispatch) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, dispatch: Dispatch) -> Tensor:
         ctx.dispatch = dispatch
         return x_ND.index_select(0, dispatch.token_R)
 
@@ -77,7 +77,7 @@ class _Combine(torch.autograd.Function):
     """Weighted sum of each token's K rows, in float32: buffer [R, D], weights [N, K] to [N, D]."""
 
     @staticmethod
-    def forward(ctx: Any, out_RD: Tensor, weight_NK: Tensor, dispatch: _Dispatch) -> Tensor:
+    def forward(ctx: Any, out_RD: Tensor, weight_NK: Tensor, dispatch: Dispatch) -> Tensor:
         rows_NKD = out_RD.index_select(0, dispatch.row_NK.reshape(-1)).view(*dispatch.row_NK.shape, -1)
         ctx.dispatch = dispatch
         ctx.save_for_backward(rows_NKD, weight_NK)
@@ -86,7 +86,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows_NKD, weight_NK = ctx.saved_tensors
-        dispatch: _Dispatch = ctx.dispatch
+        dispatch: Dispatch = ctx.dispatch
         dout_ND = gradients[0]
         weight_R = weight_NK.reshape(-1).index_select(0, dispatch.slot_R.clamp(min=0)) * (dispatch.slot_R >= 0)
         drows_RD = dout_ND.index_select(0, dispatch.token_R) * weight_R.unsqueeze(1).to(dout_ND.dtype)
@@ -94,8 +94,11 @@ class _Combine(torch.autograd.Function):
         return drows_RD, dweight_NK, None
 
 
-_permute: Callable[..., Tensor] = _Permute.apply
-_combine: Callable[..., Tensor] = _Combine.apply
+permute: Callable[[Tensor, Dispatch], Tensor] = _Permute.apply
+"""x [N, D] into the buffer [R, D]; differentiable, with sums in one order."""
+
+combine: Callable[[Tensor, Tensor, Dispatch], Tensor] = _Combine.apply
+"""Weighted sum of each token's K rows, in float32: buffer [R, D], weights [N, K] to [N, D]; differentiable."""
 
 
 def _weighted_sum(rows_NKD: Tensor, weight_NK: Tensor) -> Tensor:
@@ -120,12 +123,12 @@ def swiglu_experts(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF
 
     gate_up_EFD: [E, 2F, D], gate rows first, then up rows. down_EDF: [E, D, F].
     """
-    dispatch = _dispatch(routing.expert_ids_NK, gate_up_EFD.shape[0])
-    buffer_RD = _permute(x_ND, dispatch)
-    gate_RF, up_RF = grouped_product(buffer_RD, gate_up_EFD, dispatch.row_ends_E).chunk(2, dim=-1)
+    dispatch, row_ends_E = _dispatch(routing.expert_ids_NK, gate_up_EFD.shape[0])
+    buffer_RD = permute(x_ND, dispatch)
+    gate_RF, up_RF = grouped_product(buffer_RD, gate_up_EFD, row_ends_E).chunk(2, dim=-1)
     hidden_RF = silu(gate_RF) * up_RF
-    out_RD = grouped_product(hidden_RF, down_EDF, dispatch.row_ends_E)
-    return _combine(out_RD, routing.weight_NK, dispatch)
+    out_RD = grouped_product(hidden_RF, down_EDF, row_ends_E)
+    return combine(out_RD, routing.weight_NK, dispatch)
 
 
 def swiglu_experts_dense(x_ND: Tensor, routing: Routing, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -196,3 +199,48 @@ def expert_layer(
     if x_ND.is_cuda and x_ND.shape[0] <= _DENSE_MAX_ROWS and not torch.is_grad_enabled():
         return swiglu_experts_dense(x_ND, routing, gate_up_EFD, down_EDF)
     return swiglu_experts(x_ND, routing, gate_up_EFD, down_EDF)
+
+
+def route_rows(
+    x_ND: Tensor,
+    router_ED: Tensor,
+    experts_per_token: int,
+    *,
+    is_renormalised: bool,
+    threshold_N: Tensor | None = None,
+    given_ids_NK: Tensor | None = None,
+) -> tuple[Tensor, Routing]:
+    """The first half of `expert_layer`, for experts that are elsewhere: float32 logits [N, E] and what they decide."""
+    if x_ND.is_cuda and x_ND.dtype is torch.bfloat16:
+        from cispo.kernels.gpu import route as gpu_route  # Triton is not for those who need none
+        from cispo.kernels.gpu import router as gpu_router
+
+        logits_NE = gpu_router.router_logits(x_ND, router_ED.float())
+        return logits_NE, Routing(
+            *gpu_route.route(logits_NE, experts_per_token, is_renormalised, threshold_N, given_ids_NK)
+        )
+    logits_NE = router_logits(x_ND, router_ED)
+    return logits_NE, route(
+        logits_NE,
+        experts_per_token,
+        is_renormalised=is_renormalised,
+        threshold_N=threshold_N,
+        given_ids_NK=given_ids_NK,
+    )
+
+
+def run_assigned(x_RD: Tensor, expert_R: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    """The second half: each row through one expert, whose number (int64, below E) it came with; [R, D]."""
+    ids_R1 = expert_R.unsqueeze(1)
+    if _is_bfloat16_on_cuda(x_RD, gate_up_EFD, down_EDF):
+        from cispo.kernels.gpu import experts as experts_gpu
+
+        return experts_gpu.swiglu_experts(x_RD, ids_R1, _ones(ids_R1), gate_up_EFD, down_EDF)
+    router_ED = x_RD.new_zeros(gate_up_EFD.shape[0], x_RD.shape[1])
+    if experts_cpu.serves(x_RD, router_ED, gate_up_EFD, down_EDF):
+        return experts_cpu.expert_layer(x_RD, router_ED, gate_up_EFD, down_EDF, 1, given_ids_NK=ids_R1)
+    return swiglu_experts(x_RD, Routing(ids_R1, _ones(ids_R1)), gate_up_EFD, down_EDF)
+
+
+def _ones(ids_NK: Tensor) -> Tensor:
+    return torch.ones_like(ids_NK, dtype=torch.float32)

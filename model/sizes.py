@@ -4,6 +4,7 @@ An operation count is of multiplications and additions apart (2 a multiply-add);
 angles are left out, as is usual. Lengths are in tokens. Loads no torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cispo.model.config import LIGHTNING, SOFTMAX, ModelConfig
@@ -78,6 +79,25 @@ def generation_flops(config: ModelConfig, length: int) -> float:
     lightning = config.mixers.count(LIGHTNING) * config.heads * 5.0 * config.head_dim**2
     softmax = config.mixers.count(SOFTMAX) * 4.0 * config.heads * config.head_dim
     return (products + lightning) * length + softmax * length * length / 2
+
+
+def training_flops(config: ModelConfig, lengths: Sequence[int], loss_tokens: int) -> float:
+    """Operations of one forward and backward over packed sequences of these lengths.
+
+    The backward counts twice the forward, and a recomputation nothing, so that a share of the device's peak made of it
+    is a model's (MFU). A token meets its active parameters, those of the LM head and the last channel mixer only where
+    it has a loss. Lightning attention is counted by chunks, both attentions at what causality leaves of them.
+    """
+    tokens = sum(lengths)
+    _, per_token, width = config.channel_sizes(config.layers - 1)
+    last_mixer = per_token * 3 * config.hidden_size * width
+    products = (_product_parameters(config) - last_mixer) * tokens
+    products += (last_mixer + config.vocabulary_size * config.hidden_size) * loss_tokens
+    # In a chunk a token meets half the others on average, and the state once when it is read and once when it grows.
+    lightning = config.heads * (2 * config.head_dim**2 + CHUNK_LENGTH * config.head_dim) * tokens
+    softmax = config.heads * config.head_dim * sum(length * length for length in lengths)
+    attention = config.mixers.count(LIGHTNING) * lightning + config.mixers.count(SOFTMAX) * softmax
+    return 3 * 2.0 * (products + attention)
 
 
 def _product_parameters(config: ModelConfig) -> int:

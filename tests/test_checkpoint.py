@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from cispo.checkpoint import (
+    best_checkpoint,
+    best_step,
+    keep_best,
     list_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
@@ -188,3 +191,28 @@ def test_a_kill_at_any_moment_leaves_good_checkpoints_only(tmp_path: Path) -> No
     assert killed.returncode == 0, killed.stderr
     save(tmp_path, int(killed.stdout) + 1)
     assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_the_best_checkpoint_outlives_the_newest(tmp_path: Path) -> None:
+    rows = [{"step": 0}, {"step": 1, "a": 0.5}, {"step": 2, "a": None}, {"step": 3, "a": 0.5}, {"step": 4, "a": 0.1}]
+    for step in range(5):
+        keep_best(tmp_path, rows, "a")
+        save(tmp_path, step)
+        prune_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000001", "step_000004"]
+    assert best_checkpoint(tmp_path) == tmp_path / "step_000001"
+    keep_best(tmp_path, [*rows, {"step": 4, "a": 0.9}], "a")
+    save(tmp_path, 5)
+    prune_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000004", "step_000005"]
+
+
+def test_the_best_is_among_those_measured(tmp_path: Path) -> None:
+    assert best_step([], "a") is None and best_step([{"step": 1, "b": 2.0}], "a") is None
+    assert best_checkpoint(tmp_path) is None
+    save(tmp_path, 1)
+    keep_best(tmp_path, [{"step": 2, "a": 1.0}], "a")
+    assert best_checkpoint(tmp_path) is None, "the best step has no checkpoint"
+    (tmp_path / "best.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        prune_checkpoints(tmp_path, keep=1)

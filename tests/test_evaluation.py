@@ -1,7 +1,12 @@
 """What an evaluation says of itself, also when rewards failed: a measurement that is missing ends no run."""
 
+import pytest
+
+from cispo.errors import RecipeError
 from cispo.evaluation import Evaluation, describe_gain
 from cispo.metric_table import check_names
+from cispo.recipe.load import read_recipe
+from cispo.recipe.schema import TrainRecipe
 from cispo.statistics import PromptOutcome
 
 
@@ -55,3 +60,24 @@ def test_parts_are_measured_beside_the_whole() -> None:
     assert metrics["eval/heldout.sums/pass@1"] == 1.0
     assert metrics["eval/heldout.two_terms/pass@1"] == 0.0
     check_names(metrics)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.pass_at=[4]", "pass_at: has 4 with completions_per_prompt 2"),
+        ("evaluation.pass_at=[0]", "pass_at: has 0 with"),
+        ("checkpoint.keep_best=pass", "checkpoint.keep_best: there is no metric 'pass'"),
+    ],
+)
+def test_settings_that_measure_nothing(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe("code", [override], TrainRecipe)
+    assert message in str(caught.value)
+
+
+def test_the_best_needs_an_evaluation() -> None:
+    overrides = ["checkpoint.keep_best=eval/heldout/pass@1", "evaluation.pass_at=[2]"]
+    assert read_recipe("code", overrides, TrainRecipe).recipe.checkpoint.keep_best == "eval/heldout/pass@1"
+    with pytest.raises(RecipeError, match=r"checkpoint\.keep_best: is eval/heldout/pass@1 but evaluation is null"):
+        read_recipe("code", [*overrides[:1], "evaluation=null"], TrainRecipe)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cispo.advantage import AdvantageSettings
 from cispo.batch import MicroBatch
+from cispo.devices import peak_flops
 from cispo.errors import CheckpointError, CispoError
 from cispo.kernels.head_loss import HeadLoss, head_logprobs
 from cispo.learner import Learner
@@ -429,3 +430,24 @@ def test_on_a_gpu_steps_repeat_bit_for_bit_and_resume(dtype: torch.dtype, monkey
         assert_same(weights(first), weights(resumed))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_the_share_of_a_known_peak_is_counted_from_the_packed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cispo.learner.peak_flops", lambda device, dtype: 1e9)
+    subject = learner()
+    metrics = subject.train(sampled_groups(subject.decoder, 2), 0)
+    flops_per_token = metrics["perf/mfu"] * 1e9 / metrics["perf/learner_tokens_per_s"]
+    # Six operations a weight, without those of the embedding and of the two experts that a token does not meet.
+    weights = sum(p.numel() for name, p in subject.decoder.named_parameters() if p.dim() > 1 and name != "embedding")
+    assert 0.5 * 6 * weights < flops_per_token < 3 * 6 * weights
+    assert "perf/mfu" not in learner().train([], 0)
+
+
+def test_a_peak_is_known_for_bfloat16_on_named_devices_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    cuda = torch.device("cuda")
+    assert peak_flops(cuda, torch.bfloat16) == 989e12
+    assert peak_flops(cuda, torch.float32) is None
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
+    assert peak_flops(cuda, torch.bfloat16) is None

@@ -115,17 +115,19 @@ class SilentViews:
         self.messages.append(text)
 
 
-def make_recipe(*, steps: int = STEPS, save_every: int = 1) -> TrainRecipe:
+def make_recipe(
+    *, steps: int = STEPS, save_every: int = 1, keep: int = 2, keep_best: str | None = None, drop: float | None = None
+) -> TrainRecipe:
     sections = {
         "name": "toy",
         "steps": steps,
         "policy": {"path": "unused"},
         "data": {"path": "unused"},
-        "rollout": {"prompts_per_step": 3, "group_size": 2, "max_completion_tokens": 4},
+        "rollout": {"prompts_per_step": 3, "group_size": 2, "max_completion_tokens": 4, "drop_solved_at": drop},
         "rewards": [{"name": "length"}],
         "learner": {"learning_rate": 1e-3},
         "evaluation": {"data": {"path": "unused"}, "every_steps": 2},
-        "checkpoint": {"every_steps": save_every, "keep": 2},
+        "checkpoint": {"every_steps": save_every, "keep": keep, "keep_best": keep_best},
     }
     return TrainRecipe.model_validate(sections)
 
@@ -194,6 +196,27 @@ def test_killed_anywhere_and_resumed_a_run_is_the_same_run(tmp_path: Path, save_
         # A kill between the last checkpoint and the removal of older ones leaves one more, which does no harm.
         assert expected.items() <= left.items(), f"killed at place {count}, {places[count - 1]}"
         assert all(name.startswith("checkpoints/") for name in left.keys() - expected.keys())
+
+
+def test_a_run_that_leaves_solved_prompts_out_and_keeps_its_best_is_the_same_when_killed(tmp_path: Path) -> None:
+    recipe = make_recipe(steps=8, save_every=3, keep=1, keep_best="reward/mean", drop=0.5)
+    places: list[str] = []
+    run(tmp_path / "alone", recipe, kill=kill_at(0, places))
+    expected = fingerprint(tmp_path / "alone")
+    metrics = json.loads(expected["metrics"])
+    left_out = [line["group/left_out_solved"] for line in metrics[1:]]
+    assert left_out[:2] == [0.0, 0.0] and max(left_out) > 0
+    measured = {line["step"]: line["reward/mean"] for line in metrics[1:]}
+    best = max(measured, key=lambda step: measured[step])
+    kept = {int(name[17:23]) for name in expected if name.startswith("checkpoints/step_")}
+    assert kept == {best, 8}, "the best is not the last, or this shows nothing"
+    for count in range(1, len(places) + 1, 3):
+        path = tmp_path / f"killed_{count}"
+        with pytest.raises(Killed):
+            run(path, recipe, kill=kill_at(count, []))
+        run(path, recipe, resume=True)
+        left = fingerprint(path)
+        assert expected.items() <= left.items(), f"killed at place {count}, {places[count - 1]}"
 
 
 def test_a_run_killed_twice_in_the_same_place_is_the_same_run(tmp_path: Path) -> None:

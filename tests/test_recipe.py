@@ -221,7 +221,7 @@ def test_override_takes_text_as_it_stands(write: Write) -> None:
         ("=3", "command line: expected key=value, got '=3'"),
         ("learner..x=3", "command line: expected key=value, got 'learner..x=3'"),
         ("learner.lr=1", "command line learner.lr: no such setting; did you mean 'learning_rate'?"),
-        ("learner.zz=1", "command line learner.zz: no such setting; there is betas, "),
+        ("learner.zz=1", "command line learner.zz: no such setting; there is activation_checkpointing, "),
         ("learner.learning_rat=1", "command line learner.learning_rat: no such setting; did you mean 'learning_rate'?"),
         ("learner.learning_rate=-1", "command line learner.learning_rate: must be > 0, got -1"),
         ("learner.learning_rate.x=1", "command line learner.learning_rate.x: learner.learning_rate is a single value"),

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cispo.metric_table import check_names
-from cispo.statistics import PromptOutcome, evaluation_metrics, paired_gain, pass_at_1, pass_at_k, wilson_interval
+from cispo.statistics import (
+    PromptOutcome,
+    evaluation_metrics,
+    mean_pass_at_k,
+    mean_reward,
+    paired_gain,
+    pass_at_1,
+    pass_at_k,
+    wilson_interval,
+)
 
 OUTCOMES = st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=30)
 
@@ -104,3 +113,41 @@ def test_the_interval_holds_the_truth_about_19_times_in_20() -> None:
         estimate = pass_at_1(right.tolist())
         held += estimate.low <= 1 / 3 <= estimate.high
     assert 0.92 <= held / 400 <= 0.99
+
+
+@given(OUTCOMES)
+def test_at_k_of_1_the_mean_pass_is_pass_at_1_and_it_rises_with_k(correct: list[list[bool]]) -> None:
+    first, same = mean_pass_at_k(correct, 1), pass_at_1(correct)
+    assert (first.value, first.low, first.high) == pytest.approx((same.value, same.low, same.high))
+    least = min(map(len, correct))
+    estimates = [mean_pass_at_k(correct, k) for k in range(1, least + 1)]
+    assert all(0 <= e.low <= e.value <= e.high <= 1 and e.low < e.high for e in estimates)
+    values = [estimate.value for estimate in estimates]
+    assert values == pytest.approx(sorted(values))
+
+
+def test_the_interval_of_pass_at_k_is_over_prompts() -> None:
+    """Of the prompts 30 in 100 are solved within 4: Wilson's interval, whatever the completions."""
+    estimate = mean_pass_at_k([[True] * 4] * 30 + [[False] * 4] * 70, 4)
+    assert (estimate.low, estimate.high) == pytest.approx(wilson_interval(0.3, 100), abs=1e-12)
+
+
+def test_the_interval_of_the_mean_reward() -> None:
+    estimate = mean_reward([[1.0, 0.0], [0.25, 0.25], [], [1.0, 1.0]])
+    values = np.array([0.5, 0.25, 1.0])
+    half = 1.959963984540054 * values.std(ddof=1) / math.sqrt(3)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx(
+        (values.mean(), values.mean() - half, values.mean() + half), abs=1e-12
+    )
+    assert mean_reward([[0.5]]) == mean_reward([[0.5, 0.5]])
+    with pytest.raises(ValueError, match="evaluate at least one prompt"):
+        mean_reward([[]])
+
+
+def test_further_k_are_estimated_up_to_the_completions_there_are() -> None:
+    metrics = evaluation_metrics("heldout", [outcome("RWWW"), outcome("RRWW")], pass_at=(2, 8))
+    assert metrics["eval/heldout/pass@2"] == pytest.approx((1 / 2 + 5 / 6) / 2)
+    assert metrics["eval/heldout/pass@2/low"] < metrics["eval/heldout/pass@2"] < metrics["eval/heldout/pass@2/high"]
+    assert metrics["eval/heldout/pass@4"] == 1.0 and "eval/heldout/pass@8" not in metrics
+    assert metrics["eval/heldout/avg@4/low"] < metrics["eval/heldout/avg@4"] < metrics["eval/heldout/avg@4/high"]
+    check_names(metrics)

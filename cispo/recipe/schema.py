@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from cispo.advantage import AdvantageSettings
 from cispo.data import DataSettings
 from cispo.learner_settings import LearnerSettings
+from cispo.metric_table import find_metric
 from cispo.objective_settings import CispoSettings, ObjectiveSettings
 from cispo.rewards.settings import RewardSettings
 from cispo.sandboxes.settings import SandboxSettings
@@ -102,6 +103,8 @@ class RolloutSettings(Section):
     """Training steps that sampling may run ahead of the learner, its weights updated in flight; 0 is synchronous."""
     caches_after_update: Literal["keep", "recompute"] = "keep"
     """What completions under way do when weights change: go on from the states they have, or read all again."""
+    drop_solved_at: float | None = Field(default=None, gt=0, le=1)
+    """Pass rate of a prompt's group from which on later passes over the data leave it out (ScaleRL: 0.9)."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """Seconds to wait for a step's completions before the run ends with an error."""
 
@@ -150,6 +153,18 @@ class EvaluationSettings(Section):
     """Divides the logits while sampling."""
     by: str | None = Field(default=None, min_length=1)
     """A column of the data, such as `part`; everything is also measured over the prompts of each of its values."""
+    pass_at: tuple[int, ...] = ()
+    """Further k that pass@k is estimated for, up to completions_per_prompt; 1 and that number are given always."""
+
+    @model_validator(mode="after")
+    def _completions_suffice(self) -> "EvaluationSettings":
+        for k in self.pass_at:
+            if not 1 <= k <= self.completions_per_prompt:
+                raise ValueError(
+                    f"pass_at has {k} with completions_per_prompt {self.completions_per_prompt}: pass@k is estimated "
+                    "from at least k completions of a prompt; lower the former or raise the latter"
+                )
+        return self
 
 
 class CheckpointSettings(Section):
@@ -159,6 +174,15 @@ class CheckpointSettings(Section):
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept; 2 leaves one to go back to if the newest is damaged."""
+    keep_best: str | None = None
+    """A metric, such as `eval/heldout/pass@1`; the checkpoint where it was highest is saved and kept as well."""
+
+    @field_validator("keep_best")
+    @classmethod
+    def _is_a_metric(cls, value: str | None) -> str | None:
+        if value is not None and find_metric(value) is None:
+            raise ValueError(f"there is no metric {value!r}; docs/metrics.md has them all, such as eval/heldout/pass@1")
+        return value
 
 
 class LoggingSettings(Section):
@@ -227,6 +251,15 @@ class TrainRecipe(Section):
                 f"learner.updates_per_step is {self.learner.updates_per_step} with rollout.prompts_per_step "
                 f"{self.rollout.prompts_per_step}: a step's groups are split among its updates and each needs one; "
                 "lower the former or raise the latter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "TrainRecipe":
+        best = self.checkpoint.keep_best
+        if best is not None and best.startswith("eval/") and self.evaluation is None:
+            raise ValueError(
+                f"checkpoint.keep_best is {best} but evaluation is null: nothing measures it; name evaluation.data"
             )
         return self
 

@@ -3,9 +3,9 @@
 The task is three parts in equal shares: one-digit `a + b - c`, two-digit `a + b` and two-digit `a + b - c`, numbers
 from 1 to 9 and from 10 to 99. Held-out questions are drawn first and never trained on. Training has further parts
 beside these, easier ones that lead up to them: a small policy is right now and then on the easiest, and a group in
-which nobody is right teaches nothing. A row has `id`, `part`, `prompt` and `answer`; the questions of
-heldout_examples.jsonl are those of heldout.jsonl after three worked examples of the same part, each a turn of a
-conversation.
+which nobody is right teaches nothing. A row has `id`, `part`, `prompt`, `answer` and `equations`, the number of steps
+that it takes; the questions of heldout_examples.jsonl are those of heldout.jsonl after three worked examples of the
+same part, each a turn of a conversation.
 """
 
 import argparse
@@ -118,6 +118,7 @@ def _row(name: str, part_name: str, part: Part, numbers: Numbers) -> Row:
         "part": part_name,
         "prompt": PROMPT.format(expression(numbers, part.signs)),
         "answer": str(value(numbers, part.signs)),
+        "equations": len(part.signs),
     }
 
 

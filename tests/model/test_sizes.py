@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cispo.cli import main
-from cispo.model.config import SOFTMAX
+from cispo.model.config import LIGHTNING, SOFTMAX
 from cispo.model.decoder import Decoder
 from cispo.model.families import FAMILIES, read_hf_config
-from cispo.model.sizes import PRESETS, generation_flops, parameters, softmax_twin, state_bytes
+from cispo.model.sizes import PRESETS, generation_flops, parameters, softmax_twin, state_bytes, training_flops
 
 
 def test_minimax_m1_has_the_parameters_it_is_known_for() -> None:
@@ -55,3 +55,21 @@ def test_inspect_of_nothing_is_one_line(capsys: Any) -> None:
     assert (
         capsys.readouterr().err.strip() == "there is no nowhere; name a policy folder, its config.json, or minimax-m1"
     )
+
+
+def test_training_takes_six_operations_a_weight_and_what_attention_needs() -> None:
+    config = PRESETS["minimax-m1"]
+    tokens = 4096
+    whole, halves = training_flops(config, [tokens], tokens), training_flops(config, [tokens // 2] * 2, tokens)
+    inner = config.heads * config.head_dim
+    assert whole - halves == pytest.approx(6 * config.mixers.count(SOFTMAX) * inner * tokens**2 / 2, rel=1e-6)
+    products = 6 * (parameters(config).active + config.vocabulary_size * config.hidden_size) * tokens
+    softmax = 6 * config.mixers.count(SOFTMAX) * inner * tokens**2
+    lightning = 6 * config.mixers.count(LIGHTNING) * inner * (2 * config.head_dim + 64) * tokens
+    assert whole == pytest.approx(products + softmax + lightning, rel=1e-4)
+
+
+def test_a_token_without_a_loss_needs_no_head_and_no_last_channel_mixer() -> None:
+    config = PRESETS["minimax-m1"]
+    spared = config.vocabulary_size * config.hidden_size + 2 * 3 * config.hidden_size * config.expert_width
+    assert training_flops(config, [100], 100) - training_flops(config, [100], 60) == pytest.approx(6 * 40 * spared)

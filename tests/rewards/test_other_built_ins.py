@@ -32,6 +32,24 @@ def test_answer_format(completion: str, thinking: bool, answer: bool, value: flo
     assert answer_format("", completion, is_truncated=True, thinking=thinking, answer=answer) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("completion", "equations"),
+    [
+        ("Answer: 62", 0),
+        ("23 + 45 = 68\n68 - 6 = 62\nAnswer: 62", 2),
+        ("23+45=68, then 68 - 6 = 61. Answer: 61", 2),
+        ("23 + 45 = 68\n23 +  45 = 68\nAnswer: 68", 1),
+        ("Answer: 62 since 23 + 45 = 68 and 68 - 6 = 62", 0),
+        ("23 + 45 - 6 = 62. Answer: 62", 1),
+        ("a + b = c\nAnswer: 62", 0),
+    ],
+)
+def test_answer_format_counts_different_worked_steps_before_the_answer(completion: str, equations: int) -> None:
+    for asked in range(4):
+        value = answer_format("", completion, is_truncated=False, marker="Answer:", equations=asked)
+        assert value == float(asked <= equations)
+
+
 def test_answer_format_with_a_marker_of_ones_own() -> None:
     for completion, value in (("Answer: 7", 1.0), ("the answer is 7", 0.0), (r"\boxed{7}", 0.0)):
         assert answer_format("", completion, is_truncated=False, marker="Answer:") == value

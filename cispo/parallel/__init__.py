@@ -1,0 +1,1 @@
+"""One learner over several processes: sharded weights, shared experts, and recomputation, from outside the model."""

@@ -1,0 +1,114 @@
+"""Expert parallelism: each rank of a group holds some experts of a layer, and rows travel to their experts and back.
+
+A rank routes its own tokens. One all-to-all takes a row of each choice to the rank of its expert, in order of experts;
+another brings the outputs back, and the weighted sum is made at home in the order of choices. A row's products are
+those of one process, and every sum has one order, so nothing depends on who is faster.
+
+N packed tokens, D model width, E experts, K experts a token, S = N K choices in order of expert, R rows received.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cispo.errors import CispoError
+from cispo.kernels.experts import Dispatch, combine, permute, route_rows, run_assigned
+from cispo.kernels.routing import router_entropy
+from cispo.model.decoder import Experts
+from cispo.model.routing import LayerRouting
+from cispo.parallel.ranks import Ranks
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to other ranks of the group, `sent` of them to each, and `received` from each; backward the other way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_SD: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _all_to_all(rows_SD, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_to_all(gradients[0], ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+_exchange: Callable[[Tensor, Sequence[int], Sequence[int], dist.ProcessGroup], Tensor] = _Exchange.apply
+
+
+def _all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=group)
+    return out
+
+
+def split_experts(experts: nn.Module, ranks: Ranks) -> None:
+    """Keep this rank's share of a layer's experts, and send rows to the others.
+
+    CispoError unless the number of experts is a multiple of `expert_parallel`.
+    """
+    assert isinstance(experts, Experts)
+    count = experts.gate_up.shape[0]
+    if count % ranks.expert_parallel:
+        raise CispoError(f"{count} experts cannot be shared among {ranks.expert_parallel} ranks; choose a divisor")
+    size = count // ranks.expert_parallel
+    first = ranks.rank % ranks.expert_parallel * size
+    for name in ("gate_up", "down"):
+        whole = getattr(experts, name)
+        own = nn.Parameter(whole.detach()[first : first + size].clone(), requires_grad=whole.requires_grad)
+        setattr(experts, name, own)
+    experts.forward = _Forward(experts, ranks.expert_group)  # type: ignore[method-assign]  # of this layer alone
+
+
+class _Forward:
+    """`Experts.forward` where the experts are shared among the ranks of a group."""
+
+    def __init__(self, experts: Experts, group: dist.ProcessGroup) -> None:
+        self._experts, self._group = experts, group
+
+    def __call__(self, x_ND: Tensor, routing: LayerRouting | None = None) -> Tensor:
+        experts, group = self._experts, self._group
+        assert experts.router is not None
+        logits_NE, routed = route_rows(
+            x_ND,
+            experts.router,
+            experts.experts_per_token,
+            is_renormalised=experts.is_renormalised,
+            threshold_N=routing.threshold_N if routing else None,
+            given_ids_NK=routing.given_ids_NK if routing else None,
+        )
+        observe = routing.observer(x_ND, experts.router) if routing else None
+        if observe is not None:
+            observe(routed.kept_ids_NK, router_entropy(logits_NE))
+        held = experts.gate_up.shape[0]
+        dispatch, expert_S = _by_expert(routed.expert_ids_NK)
+        count_G = torch.bincount(expert_S // held, minlength=group.size())
+        coming_G = torch.empty_like(count_G)
+        dist.all_to_all_single(coming_G, count_G, group=group)
+        sent, received = count_G.tolist(), coming_G.tolist()
+        ids_R = _all_to_all(expert_S % held, sent, received, group)
+        rows_RD = _exchange(permute(x_ND, dispatch), sent, received, group)
+        out_RD = _run(rows_RD, ids_R, experts)
+        return combine(_exchange(out_RD, received, sent, group), routed.weight_NK, dispatch)
+
+
+def _by_expert(expert_ids_NK: Tensor) -> tuple[Dispatch, Tensor]:
+    """Choices in order of expert, and the expert of each; those of one expert in order of token."""
+    flat = expert_ids_NK.reshape(-1).long()
+    expert_S, order_S = torch.sort(flat, stable=True)
+    row_NK = torch.empty_like(order_S).index_copy_(0, order_S, torch.arange(len(flat), device=flat.device))
+    token_S = torch.div(order_S, expert_ids_NK.shape[1], rounding_mode="floor")
+    return Dispatch(row_NK.view(expert_ids_NK.shape), token_S, order_S), expert_S
+
+
+def _run(rows_RD: Tensor, ids_R: Tensor, experts: Experts) -> Tensor:
+    """The rows through the experts here. A row of zeros goes with them, so that a rank that nobody sent a row to has
+    gradients too: all ranks must reduce the same ones.
+    """
+    rows_RD = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])
+    ids_R = torch.cat([ids_R, ids_R.new_zeros(1)])
+    return run_assigned(rows_RD, ids_R, experts.gate_up, experts.down)[:-1]
