@@ -19,7 +19,7 @@ from cispo.errors import BroadcastError
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a worker must say it holds. The checksum is empty where weights are shared in place instead of sent."""
+    """What a worker must say it holds."""
 
     version: int
     checksum: str

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from cispo.actors import ColocatedActor, LearnerActor, RewardWorker, RolloutWorker
-from cispo.broadcast import Proof, Weights, verify_receipt
+from cispo.broadcast import Weights, verify_receipt
 from cispo.errors import ActorLostError, LearnerLostError
 from cispo.member import Member
 from cispo.placement import place
@@ -154,9 +154,7 @@ class Crew:
         """
         started = time.perf_counter()
         if self._is_colocated:
-            assert self._learner is not None
-            version = self._ask_learner("share_weights", "share its weights")
-            self._learner.proof = Proof(version, "")
+            self._ask_learner("share_weights", "share its weights")
             return {"time_s/broadcast": time.perf_counter() - started}
         assert self._learner is not None
         reference = self._learner.actor.weights.remote()

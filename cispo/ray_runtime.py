@@ -1,7 +1,9 @@
 """A Ray of our own for one run, or a running one that is joined; and waits that name what they wait for."""
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -29,6 +31,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     else:
         options["address"] = settings.address
         _refuse_silent_address(settings.address)
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -38,6 +41,9 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
             f"cannot join Ray at {settings.address!r} ({error}); check ray.address, and that RAY_AUTH_MODE and token "
             "are the cluster's, or leave the address out to start a local Ray"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray puts its own in place, which ends the process at once and stops nothing.
+        signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield
     finally:

@@ -129,8 +129,8 @@ def test_weights_with_another_checksum_are_refused(crew: Crew, monkeypatch: pyte
             crew.broadcast()
         # A worker with groups in hand takes weights unseen; then what it samples is not used.
         crew.submit(requests(PROMPTS))
-        crew.broadcast()
         with pytest.raises(BroadcastError, match=r"rollout:\d holds weights version \d+ with .* checksum 0{32};"):
+            crew.broadcast()
             crew.collect(requests(PROMPTS), lambda *_: None)
     crew._sampler.forget_all()
     crew.broadcast()

@@ -75,20 +75,32 @@ def mortal_worker() -> type:
     return MortalWorker
 
 
-@pytest.fixture
-def said() -> list[str]:
+@pytest.fixture(scope="module")
+def everything_said() -> list[str]:
     return []
 
 
 @pytest.fixture
-def crew(session: None, said: list[str], small_policy_folder: Path, tmp_path: Path) -> Iterator[Crew]:
-    recipe = make_recipe(small_policy_folder, tmp_path)
+def said(everything_said: list[str]) -> list[str]:
+    """What is said from here on."""
+    everything_said.clear()
+    return everything_said
+
+
+@pytest.fixture(scope="module")
+def crew(
+    session: None,
+    everything_said: list[str],
+    small_policy_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Crew]:
+    recipe = make_recipe(small_policy_folder, tmp_path_factory.mktemp("faults"))
     crew = Crew(
         recipe,
         small_policy_folder,
         cores=1,
         with_learner=True,
-        say=said.append,
+        say=everything_said.append,
         roles=Roles(rollout=mortal_worker()),
     )
     yield crew
@@ -168,9 +180,11 @@ def test_a_learner_that_dies_is_named_and_starts_again(crew: Crew) -> None:
 
 
 def test_a_worker_that_never_starts_ends_the_run_with_its_name(
-    session: None, small_policy_folder: Path, tmp_path: Path
+    session: None, small_policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cispo.actors import RolloutWorker
+
+    monkeypatch.setattr("cispo.sampler.DEATHS_IN_A_ROW", 2)
 
     class Stillborn(RolloutWorker):
         def run_slice(self, requests: Any, slice_s: float) -> Any:
@@ -182,7 +196,7 @@ def test_a_worker_that_never_starts_ends_the_run_with_its_name(
     )
     try:
         with pytest.raises(ActorLostError, match=r"rollout:0 died \d times in a row"):
-            crew.sample_and_score(requests(PROMPTS * 1), lambda *_: None)
+            crew.sample_and_score(requests(PROMPTS), lambda *_: None)
     finally:
         crew.close()
 
@@ -191,6 +205,7 @@ def test_engine_and_learner_in_one_actor_are_those_apart(
     session: None, small_policy_folder: Path, tmp_path: Path
 ) -> None:
     recipe = make_recipe(small_policy_folder, tmp_path, workers=1)
+    more = [GroupRequest(prompt, 4, stream="ahead") for prompt in PROMPTS]
 
     def run(placement: str) -> list[Any]:
         sections = {**recipe.model_dump(), "resources": {"placement": placement}, "name": f"{recipe.name}-{placement}"}
@@ -207,6 +222,12 @@ def test_engine_and_learner_in_one_actor_are_those_apart(
                 crew.broadcast()
                 versions = {int(v) for g in found.groups for r in g.rollouts for v in r.policy_versions_T}
                 seen += [tokens(found), metrics["optim/grad_norm"], versions]
+            # Weights that change while groups are under way.
+            crew.submit(more)
+            crew.train(found.groups, 3)
+            crew.broadcast()
+            ahead = crew.collect(more, lambda *_: None)
+            assert {int(v) for g in ahead.groups for r in g.rollouts for v in r.policy_versions_T} <= {2, 3}
             return seen
         finally:
             crew.close()

@@ -85,8 +85,10 @@ class Ranks:
         )
 
     def leave(self) -> None:
-        """Part from the others at the end of the process's work."""
+        """Part from the others at the end of the process's work; collective."""
         if not self.is_alone:
+            # Gloo aborts a process whose group goes while another still speaks to it.
+            dist.barrier()
             dist.destroy_process_group()
 
     @property
