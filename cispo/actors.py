@@ -42,7 +42,7 @@ class RolloutWorker(Shell):
 
     def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, name: str) -> None:
         prepare_process(threads)
-        self._open_engine(recipe, policy_path, _load(recipe, policy_path), name)
+        self._open_engine(recipe, policy_path, load_decoder(recipe, policy_path), name)
 
     def _open_engine(self, recipe: TrainRecipe, policy_path: Path, decoder: Any, name: str) -> None:
         from cispo.model.tokenizer import Tokenizer
@@ -121,30 +121,17 @@ class LearnerActor(Shell):
 
     def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int) -> None:
         prepare_process(threads)
-        self._open_learner(recipe, policy_path, _load(recipe, policy_path))
+        self._open_learner(recipe, policy_path, load_decoder(recipe, policy_path))
 
     def _open_learner(self, recipe: TrainRecipe, policy_path: Path, decoder: Any) -> None:
-        from cispo.learner import Learner
         from cispo.model.tokenizer import Tokenizer
 
-        reference = None
-        if recipe.objective.needs_reference:
-            reference = _load(recipe, policy_path).requires_grad_(False)
         self._tokenizer = Tokenizer.load(policy_path)
-        self._learner = Learner(
-            decoder,
-            objective=recipe.objective,
-            advantage=recipe.advantage,
-            settings=recipe.learner,
-            temperature=recipe.rollout.temperature,
-            max_completion_tokens=recipe.rollout.max_completion_tokens,
-            total_updates=recipe.steps * recipe.learner.updates_per_step,
-            seed=recipe.seed,
-            reference=reference,
-        )
+        self._learner = new_learner(recipe, policy_path, decoder)
 
     def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        return self._learner.train(groups, step)
+        metrics: dict[str, float] = self._learner.train(groups, step)
+        return metrics
 
     def weights(self) -> Any:
         """The policy's weights, ready to broadcast; a `cispo.broadcast.Weights`."""
@@ -179,7 +166,7 @@ class ColocatedActor(RolloutWorker, LearnerActor):
 
     def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, name: str) -> None:
         prepare_process(threads)
-        decoder = _load(recipe, policy_path)
+        decoder = load_decoder(recipe, policy_path)
         self._open_engine(recipe, policy_path, decoder, name)
         self._open_learner(recipe, policy_path, decoder)
 
@@ -191,7 +178,26 @@ class ColocatedActor(RolloutWorker, LearnerActor):
         return self._engine.policy_version
 
 
-def _load(recipe: TrainRecipe, policy_path: Path) -> Any:
+def new_learner(recipe: TrainRecipe, policy_path: Path, decoder: Any) -> Any:
+    """The learner of a recipe at its start, with this policy; a `cispo.learner.Learner`."""
+    from cispo.learner import Learner
+
+    needs_reference = recipe.objective.needs_reference
+    return Learner(
+        decoder,
+        objective=recipe.objective,
+        advantage=recipe.advantage,
+        settings=recipe.learner,
+        temperature=recipe.rollout.temperature,
+        max_completion_tokens=recipe.rollout.max_completion_tokens,
+        total_updates=recipe.steps * recipe.learner.updates_per_step,
+        seed=recipe.seed,
+        reference=load_decoder(recipe, policy_path).requires_grad_(False) if needs_reference else None,
+    )
+
+
+def load_decoder(recipe: TrainRecipe, policy_path: Path) -> Any:
+    """The recipe's policy on its device; a `cispo.model.decoder.Decoder`."""
     from cispo.devices import resolve_device, resolve_dtype
     from cispo.model.checkpoint import load_policy
 

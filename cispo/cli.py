@@ -1,4 +1,4 @@
-"""The command line: `cispo train|sft|eval|export|generate|reward|view|inspect|recipes|version`.
+"""The command line: `cispo train|sft|eval|export|generate|reward|view|replay|inspect|recipes|version`.
 
 Commands import what they need when they run, so that help is instant.
 """
@@ -149,6 +149,17 @@ def reward(options: argparse.Namespace) -> int:
     return print_results(results, Console(highlight=False, soft_wrap=True))
 
 
+def replay(options: argparse.Namespace) -> int:
+    """Do an update of a run that sampled ahead again, and compare its weights."""
+    from cispo.replay import replay as replay_steps
+
+    is_same = True
+    for replayed in replay_steps(options.run, options.step):
+        print(replayed, flush=True)
+        is_same = is_same and replayed.expected in (None, replayed.checksum)
+    return 0 if is_same else 1
+
+
 def view(options: argparse.Namespace) -> int:
     """Show what a step of a run sampled, group by group."""
     from rich.console import Console
@@ -243,6 +254,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, metavar="RUN", help="run folder")
     command.add_argument("--step", type=int, help="step to show (default: the last one)")
     command.add_argument("--limit", type=int, default=5, help="groups to show (default: 5)")
+
+    command = _add(commands, "replay", replay, "do an update of a run that sampled ahead again, from its log")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    command.add_argument("step", type=int, metavar="STEP", help="step to do again")
 
     command = _add(commands, "inspect", inspect, "count a model's parameters, operations and state by length")
     command.add_argument("model", metavar="PATH|PRESET", help="policy folder, config.json, or minimax-m1")

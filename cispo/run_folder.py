@@ -116,7 +116,7 @@ class RunFolder:
 
     def batch_path(self, step: int) -> Path:
         """What the learner trained on in a step; only runs that sample ahead keep it."""
-        return self.path / "batches" / f"step_{step:06d}.npz"
+        return batch_path(self.path, step)
 
     def checkpoint_steps(self) -> list[int]:
         """Steps with a checkpoint, in ascending order."""
@@ -191,6 +191,11 @@ class RunFolder:
     def close(self) -> None:
         """Let another process open the folder."""
         self._lock.close()
+
+
+def batch_path(run: Path, step: int) -> Path:
+    """The file of a step's batch in a run's folder."""
+    return run / "batches" / f"step_{step:06d}.npz"
 
 
 def write_atomically(path: Path, content: str | Iterable[str]) -> None:
