@@ -24,7 +24,7 @@ IMPATIENT_PAUSES_S = (0.2,)
 RETRY_TIME_S = 120.0
 # Signals by which processes end each other, as exit codes: a program does not come by them through its own mistakes.
 KILLED_EXIT_CODES = frozenset(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM))
-KILLED_RUNS = 3
+KILLED_RUNS = 8
 
 # How the end of the whole program reads as the status of the test that was running.
 END_STATUS = {
