@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from cispo.errors import RecipeError
 from cispo.recipe.schema import TrainRecipe
 
 
@@ -34,7 +33,7 @@ class Placement:
 
 
 def place(recipe: TrainRecipe, *, cores: int, gpus: float) -> Placement:
-    """The placement of a recipe's actors on so many CPU cores and GPUs; RecipeError where it cannot be."""
+    """The placement of a recipe's actors on so many CPU cores and GPUs."""
     workers = recipe.rollout.workers
     uses_gpu = recipe.policy.device != "cpu" and gpus > 0
     colocated = _is_colocated(recipe, is_single_gpu=uses_gpu and gpus < 2)
@@ -55,13 +54,8 @@ def place(recipe: TrainRecipe, *, cores: int, gpus: float) -> Placement:
 
 
 def _is_colocated(recipe: TrainRecipe, *, is_single_gpu: bool) -> bool:
-    wanted, workers = recipe.resources.placement, recipe.rollout.workers
-    if wanted == "colocated" and workers > 1:
-        raise RecipeError(
-            f"resources.placement is colocated with rollout.workers {workers}: engine and learner share one process; "
-            "set rollout.workers to 1, or placement to split"
-        )
-    return wanted == "colocated" or (wanted == "auto" and is_single_gpu and workers == 1)
+    wanted = recipe.resources.placement
+    return wanted == "colocated" or (wanted == "auto" and is_single_gpu and recipe.rollout.workers == 1)
 
 
 def _gpu_shares(workers: int, gpus: float, *, colocated: bool) -> tuple[float, float]:

@@ -264,6 +264,15 @@ class TrainRecipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _colocated_is_one_process(self) -> "TrainRecipe":
+        if self.resources.placement == "colocated" and self.rollout.workers > 1:
+            raise ValueError(
+                f"resources.placement is colocated with rollout.workers {self.rollout.workers}: engine and learner "
+                "share one process; set rollout.workers to 1, or placement to split"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _groups_fit_a_worker(self) -> "TrainRecipe":
         limit = self.rollout.max_concurrent_completions
         sizes = {"rollout.group_size": self.rollout.group_size}
