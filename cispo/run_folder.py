@@ -18,22 +18,28 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 from pydantic import BaseModel
 
+from cispo.durable_files import (
+    DRAFT_SUFFIX,
+    append_line,
+    drop_torn_line,
+    last_line,
+    read_lines,
+    sync_folder,
+    write_atomically,
+)
 from cispo.errors import RunFolderError
 from cispo.types import Rollout, Score, ScoredGroup
 
 RECIPE, METRICS, LOG, LOCK = "recipe.yaml", "metrics.jsonl", "log.txt", ".lock"
-QUARANTINE = "quarantine.json"
-STEP_NAME = re.compile(r"step_(\d+)(\.jsonl)?")
-_DRAFT_SUFFIX = ".draft"
-"""Ends the hidden name under which a file is written before it takes its place."""
+SCHEDULE, QUARANTINE = "schedule.jsonl", "quarantine.json"
+STEP_NAME = re.compile(r"step_(\d+)(\.jsonl|\.npz)?")
 MAY_CHANGE = frozenset({"steps", "checkpoint", "logging", "resources", "ray", "base_path"})
 """Top-level settings that may differ when a run is resumed: they say how long and where, not what is computed.
 
@@ -77,7 +83,7 @@ class RunFolder:
             raise RunFolderError(
                 f"the run folder {path} exists already; choose another name with --name, or continue it with --resume"
             ) from error
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return cls(path, lock)
 
     @classmethod
@@ -94,7 +100,10 @@ class RunFolder:
         try:
             _refuse_another_recipe(path, recipe)
             write_atomically(path / RECIPE, resolved_yaml(recipe))
-            _drop_torn_line(path / METRICS)
+            (path / METRICS).touch()
+            for lines in (path / METRICS, path / SCHEDULE):
+                if lines.exists():
+                    drop_torn_line(lines)
         except BaseException:
             lock.close()
             raise
@@ -128,18 +137,22 @@ class RunFolder:
         if last is not None and step <= last:
             raise ValueError(f"metrics of step {step} after those of step {last}: there is one line a step")
         values = {name: _json_number(value) for name, value in metrics.items()}
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.metrics_path, {"step": step, **values})
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every line of the metrics, oldest first."""
-        return [record for _, record in self._metrics_lines()]
+        return [record for _, record in read_lines(self.metrics_path)]
+
+    def append_schedule(self, record: Mapping[str, Any], batch: bytes) -> None:
+        """Keep what a step trained on, and then a line about it; `record` has the step and is JSON."""
+        path = self.batch_path(record["step"])
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, batch)
+        append_line(self.path / SCHEDULE, record)
 
     def last_step(self) -> int | None:
         """The step of the last metrics line, or None before the first."""
-        line = _last_line(self.metrics_path)
+        line = last_line(self.metrics_path)
         return int(json.loads(line)["step"]) if line else None
 
     def write_rollouts(self, step: int, groups: Sequence[ScoredGroup]) -> None:
@@ -160,28 +173,17 @@ class RunFolder:
             write_atomically(self.path / QUARANTINE, json.dumps(prompts, indent=1) + "\n")
 
     def truncate_after(self, step: int) -> None:
-        """Forget metrics lines and rollouts of later steps, which a resumed run does again, and what a kill left."""
-        write_atomically(self.metrics_path, [line for line, record in self._metrics_lines() if record["step"] <= step])
-        for later in _steps(self.path / "rollouts"):
-            if later > step:
-                self.rollouts_path(later).unlink()
-                self.batch_path(later).unlink(missing_ok=True)
-        for place in (self.path, self.path / "rollouts"):
-            for draft in place.glob(f".*{_DRAFT_SUFFIX}"):
+        """Forget lines and files of later steps, which a resumed run does again, and what a kill left."""
+        for path in (self.metrics_path, self.path / SCHEDULE):
+            if path.exists():
+                write_atomically(path, [line for line, record in read_lines(path) if record["step"] <= step])
+        for path_of in (self.rollouts_path, self.batch_path):
+            for later in list(_steps(path_of(0).parent)):
+                if later > step:
+                    path_of(later).unlink()
+        for place in (self.path, self.path / "rollouts", self.path / "batches"):
+            for draft in place.glob(f".*{DRAFT_SUFFIX}"):
                 draft.unlink()
-
-    def _metrics_lines(self) -> list[tuple[str, dict[str, Any]]]:
-        """Each line as it stands and as a record; RunFolderError names one that somebody has damaged."""
-        found = []
-        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                int(record["step"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunFolderError(f"{self.metrics_path}:{number} is no line of metrics; delete it") from error
-            found.append((line, record))
-        return found
 
     def discard_unused(self) -> None:
         """Give the name back after a start that failed: remove the folder if no step and no checkpoint came of it."""
@@ -196,23 +198,6 @@ class RunFolder:
 def batch_path(run: Path, step: int) -> Path:
     """The file of a step's batch in a run's folder."""
     return run / "batches" / f"step_{step:06d}.npz"
-
-
-def write_atomically(path: Path, content: str | Iterable[str]) -> None:
-    """Write a text file so that a reader, or a kill at any moment, meets the old file or the whole new one."""
-    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_DRAFT_SUFFIX, dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.writelines([content] if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(draft)
-        raise
-    _sync_folder(path.parent)
 
 
 def resolved_yaml(recipe: BaseModel) -> str:
@@ -277,32 +262,9 @@ def _lock(folder: Path, shown: Path) -> TextIO:
     return lock
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut off what follows the last newline: a line is complete when its newline is written."""
-    if not path.exists():
-        path.touch()
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _last_line(path: Path, block_bytes: int = 1 << 16) -> bytes:
-    """The last complete line of a file, or nothing; only the file's end is read."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        tail = b""
-        while size > 0 and tail.rstrip(b"\n").count(b"\n") < 1:
-            start = max(0, size - block_bytes)
-            file.seek(start)
-            tail = file.read(size - start) + tail
-            size = start
-    return tail.rstrip(b"\n").rpartition(b"\n")[2]
-
-
 def _steps(folder: Path) -> Iterator[int]:
-    for entry in folder.iterdir():
+    """Of the files in it; none where it is not there."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
         match = STEP_NAME.fullmatch(entry.name)
         if match:
             yield int(match[1])
@@ -342,12 +304,3 @@ def _json_number(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     """NumPy's scalars and arrays, and anything else by its text: a rollout log must not end a run."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename in the folder last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ With weights that change in flight a group cannot be sampled again the same, so 
 
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cispo.durable_files import read_lines
 from cispo.errors import RunFolderError
-from cispo.run_folder import RunFolder
+from cispo.run_folder import SCHEDULE, RunFolder
 from cispo.types import Prompt, Rollout, Score, ScoredGroup, ScoreStatus, StopReason, Turn
 
-SCHEDULE = "schedule.jsonl"
 _ARRAYS = ("token_ids_T", "loss_mask_T", "logprobs_T", "policy_versions_T", "expert_ids_TLK")
 
 
@@ -39,38 +38,26 @@ class StepRecord:
 
 
 def write_schedule(folder: RunFolder, step: int, groups: Sequence[ScoredGroup], weights: str | None) -> None:
-    """Keep a step's batch and its line, the batch first."""
-    path = folder.batch_path(step)
-    path.parent.mkdir(exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("wb") as file:
-        file.write(_pack(groups))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    """Keep a step's batch and its line. weights: the checksum after the step."""
     record = StepRecord(step, tuple(group.prompt.id for group in groups), tuple(map(_versions, groups)), weights)
-    with (folder.path / SCHEDULE).open("a", encoding="utf-8") as file_of_lines:
-        file_of_lines.write(json.dumps(asdict(record)) + "\n")
+    folder.append_schedule(asdict(record), _pack(groups))
 
 
 def read_schedule(path: Path) -> dict[int, StepRecord]:
-    """The lines of a run's folder by step; of a step done twice, before and after a death, the later."""
+    """The lines of a run's folder by step."""
     file = path / SCHEDULE
-    if not file.is_file():
+    if not file.is_file() or not file.stat().st_size:
         raise RunFolderError(
             f"{path} has no {SCHEDULE}: only runs with rollout.max_off_policy_steps above 0 keep what they trained on; "
             "a synchronous run does any step again with --resume"
         )
-    records = {}
-    # A kill may have torn the last line.
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            fields = json.loads(line)
-            versions = tuple((int(low), int(high)) for low, high in fields["versions"])
-            records[int(fields["step"])] = StepRecord(
-                int(fields["step"]), tuple(fields["prompts"]), versions, fields["weights"]
-            )
-    return records
+    return {record.step: record for record in map(_step_record, read_lines(file))}
+
+
+def _step_record(line: tuple[str, dict[str, Any]]) -> StepRecord:
+    fields = line[1]
+    versions = tuple((int(low), int(high)) for low, high in fields["versions"])
+    return StepRecord(int(fields["step"]), tuple(fields["prompts"]), versions, fields["weights"])
 
 
 def read_batch(path: Path) -> list[ScoredGroup]:

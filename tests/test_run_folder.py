@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from cispo.durable_files import write_atomically
 from cispo.errors import RunFolderError
-from cispo.run_folder import RunFolder, resolved_yaml, write_atomically
+from cispo.run_folder import RunFolder, resolved_yaml
 from cispo.types import Group, Prompt, Rollout, Score, ScoredGroup, ScoreStatus, StopReason, Turn
 
 
@@ -233,7 +234,7 @@ def test_resuming_removes_the_drafts_that_a_kill_left(folder: RunFolder) -> None
     code = f"""
         import os, signal
         from pathlib import Path
-        from cispo.run_folder import write_atomically
+        from cispo.durable_files import write_atomically
         def lines():
             yield "half"
             os.kill(os.getpid(), signal.SIGKILL)
