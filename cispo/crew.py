@@ -36,6 +36,25 @@ class Roles:
     colocated: type = ColocatedActor
 
 
+@dataclass(frozen=True, slots=True)
+class CrewCounts:
+    """Since the last look: seconds that samplers (all together) and learner worked, and deaths by role."""
+
+    rollout_busy_s: float
+    learner_busy_s: float
+    deaths: dict[str, int]
+
+    def metrics(self, seconds: float, rollout_workers: int) -> dict[str, float]:
+        """Shares of so many seconds in which they had nothing to do, and the deaths, where there were any."""
+        idle = {
+            "perf/rollout_idle_share": 1.0 - self.rollout_busy_s / (rollout_workers * seconds),
+            "perf/learner_idle_share": 1.0 - self.learner_busy_s / seconds,
+        }
+        return {name: max(0.0, share) for name, share in idle.items()} | {
+            f"faults/{role}": float(count) for role, count in self.deaths.items()
+        }
+
+
 class Crew:
     """Rollout workers, reward workers and, for training, the learner; all are ready when the constructor returns.
 
@@ -61,7 +80,7 @@ class Crew:
         if with_learner:
             self._learner = self._rollout[0] if self._is_colocated else Member("learner", self._start_learner)
         self._sent: tuple[Any, Weights] | None = None
-        self.learner_busy_s = 0.0
+        self._learner_busy_s = 0.0
         rollout = recipe.rollout
         self._sampler = Sampler(
             self._rollout,
@@ -143,7 +162,7 @@ class Crew:
     def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
         """One step of the learner; LearnerLostError where its process dies."""
         metrics: dict[str, float] = self._ask_learner("train", f"train in step {step}", list(groups), step)
-        self.learner_busy_s += metrics.get("time_s/forward_backward", 0.0)
+        self._learner_busy_s += metrics.get("time_s/forward_backward", 0.0)
         return metrics
 
     def broadcast(self) -> dict[str, float]:
@@ -175,13 +194,11 @@ class Crew:
         """Of the weights last sent; None where engine and learner share one copy."""
         return self._sent[1].checksum if self._sent else None
 
-    def counts(self) -> dict[str, float]:
-        """Deaths by role, quarantined prompts and busy seconds since the last call; what is 0 is left out."""
-        sampler = self._sampler
-        found = {f"faults/{role}": float(count) for role, count in sampler.deaths.items()}
-        found |= {"busy_s/rollout": sampler.busy_s, "busy_s/learner": self.learner_busy_s}
-        sampler.deaths.clear()
-        sampler.busy_s = self.learner_busy_s = 0.0
+    def counts(self) -> CrewCounts:
+        """What has added up since the last call."""
+        busy_s, deaths = self._sampler.counts()
+        found = CrewCounts(busy_s, self._learner_busy_s, deaths)
+        self._learner_busy_s = 0.0
         return found
 
     def reward_statistics(self) -> list[dict[str, float]]:

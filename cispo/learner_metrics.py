@@ -66,9 +66,14 @@ class StepRecord:
         self._ratio_max = max(self._ratio_max, ratio_max)
 
     def add_mismatch(self, tokens: TokenBatch, logprob_N: Tensor) -> None:
-        """Compare logprobs at equal weights: of the tokens that this very policy version sampled."""
+        """Compare logprobs at equal weights: of the completions that this very policy version sampled from their start.
+
+        Where weights changed on the way, a token may go on from states that the older ones left.
+        """
         difference_N = logprob_N.double().cpu() - tokens.rollout_logprob_N.double().cpu()
-        is_equal_N = tokens.policy_version_N.cpu() == self._policy_version
+        is_older_N = tokens.policy_version_N.cpu() != self._policy_version
+        sequence_N = tokens.sequence_N.cpu()
+        is_equal_N = ~torch.isin(sequence_N, sequence_N[is_older_N])
         self._mismatch.append(difference_N[is_equal_N].numpy())
 
     def add_update(self, grad_norm: float, learning_rate: float) -> None:

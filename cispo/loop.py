@@ -157,7 +157,7 @@ class _Run:
         tokens = sum(rollout.completion_length_tokens for group in groups for rollout in group.rollouts)
         seconds = time.perf_counter() - started
         metrics.update({"time_s/step": seconds, "perf/completion_tokens_per_s": tokens / seconds})
-        metrics.update(self._shares(seconds))
+        metrics.update(self.crew.counts().metrics(seconds, self.recipe.rollout.workers))
         reduced = metrics.reduce()
         self.folder.append_metrics(step, reduced)
         self.views.step(step, reduced)
@@ -224,16 +224,6 @@ class _Run:
         self._restore(self.crew.load(newest))
         self.folder.truncate_after(self.step)
         self.crew.broadcast()
-
-    def _shares(self, seconds: float) -> dict[str, float]:
-        """Counts of faults, and the shares of the step in which samplers and learner had nothing to do."""
-        counts = self.crew.counts()
-        workers = self.recipe.rollout.workers
-        idle = {
-            "perf/rollout_idle_share": 1.0 - counts.pop("busy_s/rollout") / (workers * seconds),
-            "perf/learner_idle_share": 1.0 - counts.pop("busy_s/learner") / seconds,
-        }
-        return counts | {name: max(0.0, share) for name, share in idle.items()}
 
     def _report_failed_rewards(self, step: int, scores: Sequence[Score]) -> None:
         """Say what a reward said. Where all failed nothing is left to learn from, so the run stops as it stands.

@@ -11,25 +11,10 @@ class Placement:
     """colocated: engine and learner in one actor. GPU shares are Ray's num_gpus, 0 on a machine without."""
 
     colocated: bool
-    rollout_workers: int
-    reward_workers: int
     rollout_threads: int
     learner_threads: int
     rollout_gpus: float
     learner_gpus: float
-
-    def lines(self) -> list[str]:
-        """The plan as a person reads it."""
-        rollout = f"rollout:0 to rollout:{self.rollout_workers - 1}" if self.rollout_workers > 1 else "rollout:0"
-        if self.colocated:
-            roles = [(f"{rollout} and learner in one process", self.learner_threads, self.learner_gpus)]
-        else:
-            roles = [
-                (f"{rollout}, each", self.rollout_threads, self.rollout_gpus),
-                ("learner", self.learner_threads, self.learner_gpus),
-            ]
-        shown = [f"{who}: {threads} threads, {gpus:g} GPU" for who, threads, gpus in roles]
-        return [*shown, f"reward workers: {self.reward_workers}, without a GPU"]
 
 
 def place(recipe: TrainRecipe, *, cores: int, gpus: float) -> Placement:
@@ -44,8 +29,6 @@ def place(recipe: TrainRecipe, *, cores: int, gpus: float) -> Placement:
     rollout_gpus, learner_gpus = _gpu_shares(workers, gpus, colocated=colocated) if uses_gpu else (0.0, 0.0)
     return Placement(
         colocated=colocated,
-        rollout_workers=workers,
-        reward_workers=recipe.sandbox.workers,
         rollout_threads=max(1, rollout_cores // workers),
         learner_threads=learner_cores,
         rollout_gpus=rollout_gpus,

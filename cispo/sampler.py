@@ -90,8 +90,8 @@ class Sampler:
         self._sampled_at: dict[Key, float] = {}
         self._deaths: Counter[Key] = Counter()
         self._reward_deaths: Counter[Key] = Counter()
-        self.busy_s = 0.0
-        self.deaths: Counter[str] = Counter()
+        self._busy_s = 0.0
+        self._deaths_by_role: Counter[str] = Counter()
 
     def submit(self, requests: Iterable[GroupRequest]) -> None:
         """Queue groups; each must be collected once. No two under way may share stream and prompt id."""
@@ -136,6 +136,13 @@ class Sampler:
                 return await_result(reference, timeout_s=0, what=what)
             if answered is None:
                 raise DeadlineError(f"waited {timeout_s:g} s for {what}")
+
+    def counts(self) -> tuple[float, dict[str, int]]:
+        """Seconds that rollout workers have sampled, and deaths by role, since the last call."""
+        found = self._busy_s, dict(self._deaths_by_role)
+        self._busy_s = 0.0
+        self._deaths_by_role.clear()
+        return found
 
     @property
     def has_work(self) -> bool:
@@ -212,7 +219,7 @@ class Sampler:
         if proof is not None:
             verify_receipt(desk.member.name, proof, done.policy_version, done.weights_checksum)
         desk.deaths_in_a_row = 0
-        self.busy_s += done.busy_s
+        self._busy_s += done.busy_s
         for group in done.groups:
             key = (group.stream, group.prompt.id)
             del desk.held[key]
@@ -229,7 +236,7 @@ class Sampler:
             scores = await_result(call, timeout_s=0, what=f"{member.name} to score a group")
             self._scored[key] = ScoredGroup(group.prompt, group.rollouts, scores)
         except ActorLostError as lost:
-            self.deaths["reward"] += 1
+            self._deaths_by_role["reward"] += 1
             self._reward_deaths[key] += 1
             member.replace()
             self._say(f"{member.name} died ({lost}); another scores prompt {key[1]} again")
@@ -243,7 +250,7 @@ class Sampler:
 
     def _bury_rollout(self, desk: _Desk, lost: ActorLostError) -> None:
         """Replace a worker that died; its groups go back to the head of the queue, or into quarantine."""
-        self.deaths["rollout"] += 1
+        self._deaths_by_role["rollout"] += 1
         desk.deaths_in_a_row += 1
         if desk.deaths_in_a_row >= DEATHS_IN_A_ROW:
             raise ActorLostError(f"{desk.member.name} died {DEATHS_IN_A_ROW} times in a row; the last time: {lost}")

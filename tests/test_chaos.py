@@ -116,7 +116,7 @@ def test_a_thousand_requests_end_once_each_while_weights_change_and_workers_die(
         crew.train(to_train, update)
         crew.broadcast()
     assert killed == KILLS
-    assert crew.counts()["faults/rollout"] == KILLS
+    assert crew.counts().deaths == {"rollout": KILLS}
     time.sleep(1)
     for member in crew._rollout:
         assert ray.get(member.actor.held.remote()) == (0, 0, 0.0)

@@ -138,7 +138,7 @@ def test_groups_of_a_killed_rollout_worker_are_sampled_again_with_the_same_weigh
     found = crew.sample_and_score(requests(PROMPTS), kill)
     assert tokens(found) == tokens(expected)
     assert found.failed == {}
-    assert crew.counts()["faults/rollout"] == 1.0
+    assert crew.counts().deaths == {"rollout": 1}
     assert any(text.startswith("rollout:0 died") for text in said)
     assert crew.broadcast()["broadcast/checksum_ok"] == 1.0
 
@@ -149,11 +149,11 @@ def test_a_prompt_that_kills_workers_is_quarantined_and_nothing_else_is_lost(cre
     assert list(found.failed) == ["poison"]
     assert found.failed["poison"].startswith("quarantined:")
     assert tokens(found) == tokens(crew.sample_and_score(requests(PROMPTS), lambda *_: None))
-    assert crew.counts()["faults/rollout"] == DEATHS_OF_A_GROUP
+    assert crew.counts().deaths == {"rollout": DEATHS_OF_A_GROUP}
     assert list(crew.quarantined) == ["poison"]
     again = crew.sample_and_score(requests([poison]), lambda *_: None)
     assert again.failed == {"poison": found.failed["poison"]}
-    assert "faults/rollout" not in crew.counts()
+    assert crew.counts().deaths == {}
     assert sum("quarantined" in text for text in said) == 1
 
 
@@ -164,7 +164,7 @@ def test_a_reward_that_kills_its_process_is_an_error_of_that_group_alone(crew: C
     assert {score.status for score in bad.scores} == {ScoreStatus.ERROR}
     assert "died 3 times" in bad.scores[0].message
     assert {score.status for group in good for score in group.scores} == {ScoreStatus.OK}
-    assert crew.counts()["faults/reward"] == DEATHS_OF_A_GROUP
+    assert crew.counts().deaths == {"reward": DEATHS_OF_A_GROUP}
 
 
 def test_a_learner_that_dies_is_named_and_starts_again(crew: Crew) -> None:

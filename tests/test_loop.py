@@ -14,7 +14,7 @@ import torch
 
 from cispo import loop
 from cispo.checkpoint import load_checkpoint, prune_checkpoints, write_checkpoint
-from cispo.crew import Crew
+from cispo.crew import Crew, CrewCounts
 from cispo.errors import RewardError
 from cispo.loop import _Run
 from cispo.recipe.schema import TrainRecipe
@@ -53,8 +53,8 @@ class ToyCrew:
 
     quarantined: ClassVar[dict[str, str]] = {}
 
-    def counts(self) -> dict[str, float]:
-        return {"busy_s/rollout": 1.0, "busy_s/learner": 1.0}
+    def counts(self) -> CrewCounts:
+        return CrewCounts(1.0, 1.0, {})
 
     def _group(self, prompt: Prompt, group_size: int, stream: str) -> ScoredGroup:
         weight, version = self._rollout.tolist()
