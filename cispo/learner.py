@@ -21,14 +21,7 @@ import torch
 from torch import Tensor
 
 from cispo.advantage import AdvantageSettings, group_advantages
-from cispo.batch import (
-    MicroBatch,
-    TrainSequence,
-    deal_micro_batches,
-    split_mini_batches,
-    token_weights,
-    training_sequences,
-)
+from cispo.batch import TrainSequence, split_mini_batches, token_weights, training_sequences
 from cispo.devices import peak_flops
 from cispo.errors import CheckpointError, CispoError
 from cispo.kernels.head_loss import HeadLoss, head_logprobs, head_policy_loss
@@ -41,6 +34,7 @@ from cispo.model.sizes import training_flops
 from cispo.objective import build_objective
 from cispo.objective_settings import DrGrpoSettings, ObjectiveSettings
 from cispo.optimizer import MasterAdamW
+from cispo.packing import MicroBatch, deal_micro_batches
 from cispo.parallel.parallelise import parallelise, release
 from cispo.parallel.ranks import ALONE, Ranks
 from cispo.router_balance import RouterBalance

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cispo.batch import pack
 from cispo.data import DataSettings, load_prompts
 from cispo.errors import DataError
 from cispo.model.tokenizer import Tokenizer
+from cispo.packing import pack
 from cispo.types import Int32Array, Prompt
 
 

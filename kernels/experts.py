@@ -186,9 +186,9 @@ def expert_layer(
     if is_renormalised and experts_cpu.serves(x_ND, router_ED, gate_up_EFD, down_EDF):
         operands = x_ND, router_ED, gate_up_EFD, down_EDF
         return experts_cpu.expert_layer(*operands, experts_per_token, threshold_N, given_ids_NK, observe)
-    logits_NE = router_logits(x_ND, router_ED)
-    routing = route(
-        logits_NE,
+    logits_NE, routing = route_rows(
+        x_ND,
+        router_ED,
         experts_per_token,
         is_renormalised=is_renormalised,
         threshold_N=threshold_N,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from cispo.recipe.schema import EvaluationSettings, RolloutSettings
 from cispo.rollout.request import GroupRequest
 from cispo.run_folder import RunFolder
 from cispo.sampler import Collected
-from cispo.types import Prompt, Score, ScoredGroup, ScoreStatus
+from cispo.types import Prompt, Rollout, Score, ScoredGroup, ScoreStatus, StopReason
 
 RECIPE = """\
 name: bad
@@ -295,8 +296,9 @@ def test_an_evaluation_tells_what_the_reward_said() -> None:
     class FailingCrew:
         def sample_and_score(self, requests: list[GroupRequest], progress: object) -> Collected:
             failed = Score(0.0, ScoreStatus.ERROR, message="reward 'r': raised OSError: gone")
+            rollout = Rollout("b", 0, np.array([1], np.int32), (), StopReason.EOS, "text")
             groups = [ScoredGroup(request.prompt, (), ()) for request in requests[:-1]] + [
-                ScoredGroup(requests[-1].prompt, ("a rollout",), (failed,))  # type: ignore[arg-type] # only counted here
+                ScoredGroup(requests[-1].prompt, (rollout,), (failed,))
             ]
             return Collected(groups, {}, {})
 

@@ -7,17 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cispo.advantage import AdvantageSettings, group_advantages
-from cispo.batch import (
-    MicroBatch,
-    TrainSequence,
-    pack,
-    pack_micro_batches,
-    split_mini_batches,
-    token_weights,
-    training_sequences,
-)
+from cispo.batch import TrainSequence, split_mini_batches, token_weights, training_sequences
 from cispo.errors import CispoError
 from cispo.objective_settings import Reduction
+from cispo.packing import MicroBatch, pack, pack_micro_batches
 from cispo.types import Prompt, Rollout, Score, ScoredGroup, ScoreStatus, StopReason, Turn
 
 REDUCTIONS: tuple[Reduction, ...] = ("token", "prompt", "sample", "mixed", "constant")

@@ -2,7 +2,6 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +127,9 @@ def test_repetition_ends_a_completion_that_is_too_sure(tiny: Policy) -> None:
 
 def test_cuts_keep_the_likeliest_and_the_logprob_of_the_whole(policy: Policy) -> None:
     greedy = policy.generate(PROMPTS, max_new_tokens=12, temperature=0.0)
-    for cut in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999}):
-        cut_answers = policy.generate(PROMPTS, max_new_tokens=12, **cut)  # type: ignore[arg-type]  # one of each
+    cuts: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999}]
+    for cut in cuts:
+        cut_answers = policy.generate(PROMPTS, max_new_tokens=12, **cut)
         assert [answer.token_ids for answer in cut_answers] == [answer.token_ids for answer in greedy]
         assert [answer.logprobs for answer in cut_answers] == [answer.logprobs for answer in greedy]
 
@@ -200,10 +200,10 @@ def test_a_prompt_that_fails_is_told_of_last_and_leaves_the_others(policy: Polic
     ],
 )
 def test_options_that_cannot_be_are_refused_before_anything_runs(
-    policy: Policy, options: Mapping[str, Any], said: str
+    policy: Policy, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(GenerationError, match=said):
-        policy.generate("a", stream=True, **options)  # type: ignore[call-overload]  # options of every kind
+        policy.generate("a", stream=True, **options)
 
 
 def test_few_slots_and_a_long_prompt_among_short_ones_change_no_answer(policy: Policy) -> None:

@@ -11,7 +11,6 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from cispo.advantage import AdvantageSettings
-from cispo.batch import MicroBatch
 from cispo.devices import peak_flops
 from cispo.errors import CheckpointError, CispoError
 from cispo.kernels.head_loss import HeadLoss, head_logprobs
@@ -21,6 +20,7 @@ from cispo.metric_table import check_names
 from cispo.model.config import LIGHTNING, SOFTMAX, ModelConfig
 from cispo.model.decoder import Decoder
 from cispo.objective_settings import ObjectiveSettings
+from cispo.packing import MicroBatch
 from cispo.types import Prompt, Rollout, Score, ScoredGroup, ScoreStatus, StopReason, Turn
 
 CONFIG = ModelConfig(

@@ -12,9 +12,10 @@ import torch
 import torch.multiprocessing as mp
 
 from cispo.advantage import AdvantageSettings, group_advantages
-from cispo.batch import TrainSequence, deal_micro_batches, training_sequences
+from cispo.batch import TrainSequence, training_sequences
 from cispo.errors import CispoError
-from cispo.parallel.experts import split_experts
+from cispo.packing import deal_micro_batches
+from cispo.parallel.experts import SharedExperts
 from cispo.parallel.ranks import ALONE, Ranks, RankSettings
 from cispo.parallel.shards import Shard, deal, even_bounds
 from tests.rank_tasks import Outcome, Task, groups_of, hybrid, run_rank, run_task
@@ -163,7 +164,7 @@ def test_settings_that_make_no_group_are_refused(rank: int, together: int) -> No
 
 def test_experts_that_cannot_be_shared_are_refused() -> None:
     with pytest.raises(CispoError, match="4 experts cannot be shared among 3 ranks"):
-        split_experts(hybrid().whole_layers[0].experts, replace(ALONE, world_size=3, expert_parallel=3))
+        SharedExperts(hybrid().whole_layers[0].experts, replace(ALONE, world_size=3, expert_parallel=3))
 
 
 def test_a_rank_alone_joins_nobody() -> None:

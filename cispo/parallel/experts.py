@@ -46,45 +46,41 @@ def _all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], grou
     return out
 
 
-def split_experts(experts: nn.Module, ranks: Ranks) -> None:
-    """Keep this rank's share of a layer's experts, and send rows to the others.
+class SharedExperts(Experts):
+    """A layer's channel mixer of which this rank holds an equal share of the experts, and its group the others.
 
     CispoError unless the number of experts is a multiple of `expert_parallel`.
     """
-    assert isinstance(experts, Experts)
-    count = experts.gate_up.shape[0]
-    if count % ranks.expert_parallel:
-        raise CispoError(f"{count} experts cannot be shared among {ranks.expert_parallel} ranks; choose a divisor")
-    size = count // ranks.expert_parallel
-    first = ranks.rank % ranks.expert_parallel * size
-    for name in ("gate_up", "down"):
-        whole = getattr(experts, name)
-        own = nn.Parameter(whole.detach()[first : first + size].clone(), requires_grad=whole.requires_grad)
-        setattr(experts, name, own)
-    experts.forward = _Forward(experts, ranks.expert_group)  # type: ignore[method-assign]  # of this layer alone
 
+    def __init__(self, whole: Experts, ranks: Ranks) -> None:
+        # Not that of Experts, which would make all experts anew.
+        nn.Module.__init__(self)
+        count = whole.gate_up.shape[0]
+        if count % ranks.expert_parallel:
+            raise CispoError(f"{count} experts cannot be shared among {ranks.expert_parallel} ranks; choose a divisor")
+        held = count // ranks.expert_parallel
+        first = ranks.rank % ranks.expert_parallel * held
+        self.experts_per_token, self.is_renormalised = whole.experts_per_token, whole.is_renormalised
+        self.router = whole.router
+        self.gate_up = _own(whole.gate_up, first, held)
+        self.down = _own(whole.down, first, held)
+        self._group = ranks.expert_group
 
-class _Forward:
-    """`Experts.forward` where the experts are shared among the ranks of a group."""
-
-    def __init__(self, experts: Experts, group: dist.ProcessGroup) -> None:
-        self._experts, self._group = experts, group
-
-    def __call__(self, x_ND: Tensor, routing: LayerRouting | None = None) -> Tensor:
-        experts, group = self._experts, self._group
-        assert experts.router is not None
+    def forward(self, x_ND: Tensor, routing: LayerRouting | None = None) -> Tensor:
+        group = self._group
+        assert self.router is not None
         logits_NE, routed = route_rows(
             x_ND,
-            experts.router,
-            experts.experts_per_token,
-            is_renormalised=experts.is_renormalised,
+            self.router,
+            self.experts_per_token,
+            is_renormalised=self.is_renormalised,
             threshold_N=routing.threshold_N if routing else None,
             given_ids_NK=routing.given_ids_NK if routing else None,
         )
-        observe = routing.observer(x_ND, experts.router) if routing else None
+        observe = routing.observer(x_ND, self.router) if routing else None
         if observe is not None:
             observe(routed.kept_ids_NK, router_entropy(logits_NE))
-        held = experts.gate_up.shape[0]
+        held = self.gate_up.shape[0]
         dispatch, expert_S = _by_expert(routed.expert_ids_NK)
         count_G = torch.bincount(expert_S // held, minlength=group.size())
         coming_G = torch.empty_like(count_G)
@@ -92,8 +88,12 @@ class _Forward:
         sent, received = count_G.tolist(), coming_G.tolist()
         ids_R = _all_to_all(expert_S % held, sent, received, group)
         rows_RD = _exchange(permute(x_ND, dispatch), sent, received, group)
-        out_RD = _run(rows_RD, ids_R, experts)
+        out_RD = _run(rows_RD, ids_R, self)
         return combine(_exchange(out_RD, received, sent, group), routed.weight_NK, dispatch)
+
+
+def _own(whole: nn.Parameter, first: int, count: int) -> nn.Parameter:
+    return nn.Parameter(whole.detach()[first : first + count].clone(), requires_grad=whole.requires_grad)
 
 
 def _by_expert(expert_ids_NK: Tensor) -> tuple[Dispatch, Tensor]:

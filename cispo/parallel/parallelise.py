@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Placement
 
-from cispo.model.decoder import Decoder
-from cispo.parallel.experts import split_experts
+from cispo.model.decoder import Decoder, Experts
+from cispo.parallel.experts import SharedExperts
 from cispo.parallel.ranks import Ranks
 from cispo.parallel.recompute import checkpoint_activations
 from cispo.parallel.shards import Shard, even_bounds
@@ -31,7 +31,9 @@ def parallelise(decoder: Decoder, ranks: Ranks, *, activation_checkpointing: boo
     shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
     split = {f"layers.{index}.experts" for index in decoder.config.routed_layers if ranks.expert_parallel > 1}
     for name in sorted(split):
-        split_experts(decoder.get_submodule(name), ranks)
+        whole = decoder.get_submodule(name)
+        assert isinstance(whole, Experts)
+        decoder.set_submodule(name, SharedExperts(whole, ranks))
     if activation_checkpointing:
         checkpoint_activations(decoder)
     if ranks.is_alone:
