@@ -5,7 +5,7 @@ With LA(a, b, c)_i = sum_{j <= i} exp(-s (i - j)) (a_i . b_j) c_j, and LA' the s
     dq = LA(dout, v, k)        dk = LA'(v, dout, q)        dv = LA'(k, q, dout)
 
 so nothing is kept of the forward but q, k and v. One launch has all three: a program picks its role at run time, and
-the two that walk backwards through the same operands lie side by side, where they share what they read. What SiLU does
+the three of a block of columns lie side by side, where those that walk backwards share what they read. What SiLU does
 to a gradient is applied before it is written.
 
 N packed tokens, B sequences, H heads, C = 64 rows of a chunk, D head dim, V columns of a block.
@@ -43,8 +43,8 @@ def backward_kernel(
     """dqkv: head by head dq, dk, dv, or with HAS_SILU the gradient of x: what q, k and v are SiLU of, head by head."""
     program = tl.program_id(0)
     BLOCKS: tl.constexpr = D // BLOCK_V
-    block = program % BLOCKS * BLOCK_V
-    role = program // BLOCKS % _ROLES
+    role = program % _ROLES
+    block = program // _ROLES % BLOCKS * BLOCK_V
     head = program // (BLOCKS * _ROLES) % heads
     sequence = tl.load(order_B + program // (BLOCKS * _ROLES * heads))
     begin = tl.load(cu_seqlens + sequence).to(tl.int64)

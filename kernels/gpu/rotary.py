@@ -24,81 +24,112 @@ PAGE_ROWS = tl.constexpr(CHUNK_LENGTH)
 
 
 @triton.jit
-def _rotated(x, x_row, rotary, rows, exists, head, HALF: tl.constexpr, DIM: tl.constexpr, IS_INVERSE: tl.constexpr):
-    """One head of some rows [M, D], float32, each of its first 2 * HALF dims turned with its partner."""
+def _angles(rotary, rows, exists, HALF: tl.constexpr, DIM: tl.constexpr):
+    """Cosine and sine of each dim of a head in some rows [M, D], float32; 1 and 0 where it is not turned."""
     dim = tl.arange(0, DIM)
-    is_first, is_turned = dim < HALF, dim < 2 * HALF
-    at = x + rows[:, None] * x_row + head * DIM
+    turned = exists[:, None] & (dim < 2 * HALF)[None, :]
+    angle = rotary + rows[:, None] * (2 * HALF) + tl.where(dim < HALF, dim, dim - HALF)[None, :]
+    return tl.load(angle, mask=turned, other=1.0), tl.load(angle + HALF, mask=turned, other=0.0)
+
+
+@triton.jit
+def _rotated(at, cos, sin, exists, HALF: tl.constexpr, DIM: tl.constexpr, IS_INVERSE: tl.constexpr):
+    """One head of some rows [M, D] that start `at` [M, 1], float32, each of its first 2 * HALF dims turned."""
+    dim = tl.arange(0, DIM)
+    is_first = dim < HALF
     own = tl.load(at + dim[None, :], mask=exists[:, None], other=0.0).to(tl.float32)
     if HALF > 0:
-        turned = exists[:, None] & is_turned[None, :]
         partner_dim = tl.where(is_first, dim + HALF, dim - HALF)
+        turned = exists[:, None] & (dim < 2 * HALF)[None, :]
         partner = tl.load(at + partner_dim[None, :], mask=turned, other=0.0).to(tl.float32)
-        angle = rotary + rows[:, None] * (2 * HALF) + tl.where(is_first, dim, dim - HALF)[None, :]
-        cos = tl.load(angle, mask=turned, other=1.0)
-        sin = tl.load(angle + HALF, mask=turned, other=0.0)
         is_minus = is_first != IS_INVERSE
         own = tl.fma(own, cos, tl.where(is_minus[None, :], -partner, partner) * sin)
     return own
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def _rotate_rows(
+    x, x_row, rotary, out, out_row, tokens,
+    DIM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, SHARING: tl.constexpr, IS_INVERSE: tl.constexpr,
+):  # fmt: skip
+    """SHARING heads a program, for which it reads the angles once: they are more bytes than a head has."""
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    exists = rows < tokens
+    dim = tl.arange(0, DIM)
+    cos, sin = _angles(rotary, rows, exists, HALF, DIM)
+    for index in tl.static_range(SHARING):
+        head = tl.program_id(0) * SHARING + index
+        rotated = _rotated(x + rows[:, None] * x_row + head * DIM, cos, sin, exists, HALF, DIM, IS_INVERSE)
+        to = out + rows[:, None] * out_row + head * DIM + dim[None, :]
+        tl.store(to, rotated.to(out.dtype.element_ty), mask=exists[:, None])
+
+
 @triton.jit(do_not_specialize=["table_row", "tokens"])
-def _rotate(
+def _rotate_and_append(
     x, x_row, rotary, tile_T4, position_B, k_pages, v_pages, table, table_row, out, out_row, tokens,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    IS_PAGED: tl.constexpr, IS_DECODE: tl.constexpr, IS_INVERSE: tl.constexpr,
+    IS_DECODE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     row = tl.arange(0, ROWS)
-    if IS_PAGED and not IS_DECODE:
+    if IS_DECODE:
+        first = tl.program_id(1) * ROWS
+        exists = first + row < tokens
+        sequences = (first + row).to(tl.int64)
+        positions = tl.load(position_B + first + row, mask=exists, other=0).to(tl.int64)
+    else:
         tile = tile_T4 + tl.program_id(1) * 4
         first, end = tl.load(tile), tl.load(tile + 1)
         exists = first + row < end
         positions = (tl.load(tile + 2) + row).to(tl.int64)
         sequences = tl.zeros([ROWS], tl.int64) + tl.load(tile + 3)
-    else:
-        first = tl.program_id(1) * ROWS
-        exists = first + row < tokens
-        sequences = (first + row).to(tl.int64)
-        positions = tl.load(position_B + first + row, mask=exists, other=0).to(tl.int64) if IS_DECODE else sequences
     rows = (first + row).to(tl.int64)
     dim = tl.arange(0, DIM)
-    if IS_PAGED and head >= HEADS:
+    at = x + rows[:, None] * x_row + head * DIM
+    if head >= HEADS + KEY_HEADS:
+        values = tl.load(at + dim[None, :], mask=exists[:, None], other=0.0)
         page = tl.load(table + sequences * table_row + positions // PAGE_ROWS, mask=exists, other=0)
-        in_page = positions % PAGE_ROWS
-        if head < HEADS + KEY_HEADS:
-            keys = _rotated(x, x_row, rotary, rows, exists, head, HALF, DIM, IS_INVERSE)
-            block = (page * KEY_HEADS + head - HEADS) * (DIM * PAGE_ROWS) + in_page
-            to = k_pages + block[:, None] + dim[None, :] * PAGE_ROWS
-            tl.store(to, keys.to(k_pages.dtype.element_ty), mask=exists[:, None])
-        else:
-            values = tl.load(x + rows[:, None] * x_row + head * DIM + dim[None, :], mask=exists[:, None], other=0.0)
-            block = (page * KEY_HEADS + head - HEADS - KEY_HEADS) * (DIM * PAGE_ROWS) + in_page * DIM
-            tl.store(v_pages + block[:, None] + dim[None, :], values, mask=exists[:, None])
+        block = (page * KEY_HEADS + head - HEADS - KEY_HEADS) * (DIM * PAGE_ROWS) + positions % PAGE_ROWS * DIM
+        tl.store(v_pages + block[:, None] + dim[None, :], values, mask=exists[:, None])
     else:
-        rotated = _rotated(x, x_row, rotary, rows, exists, head, HALF, DIM, IS_INVERSE)
-        to = out + rows[:, None] * out_row + head * DIM + dim[None, :]
-        tl.store(to, rotated.to(out.dtype.element_ty), mask=exists[:, None])
+        cos, sin = _angles(rotary, rows, exists, HALF, DIM)
+        rotated = _rotated(at, cos, sin, exists, HALF, DIM, False)
+        if head >= HEADS:
+            page = tl.load(table + sequences * table_row + positions // PAGE_ROWS, mask=exists, other=0)
+            block = (page * KEY_HEADS + head - HEADS) * (DIM * PAGE_ROWS) + positions % PAGE_ROWS
+            to = k_pages + block[:, None] + dim[None, :] * PAGE_ROWS
+            tl.store(to, rotated.to(k_pages.dtype.element_ty), mask=exists[:, None])
+        else:
+            to = out + rows[:, None] * out_row + head * DIM + dim[None, :]
+            tl.store(to, rotated.to(out.dtype.element_ty), mask=exists[:, None])
 
 
-def _build(name: str, dim: int, *, is_paged: bool, is_decode: bool, is_inverse: bool) -> Build:
-    source = "*fp32" if is_inverse else "*bf16"
-    types = {
-        "x": source, "x_row": "i32", "rotary": "*fp32", "tile_T4": "*i32", "position_B": "*i64", "k_pages": "*bf16",
-        "v_pages": "*bf16", "table": "*i64", "table_row": "i32", "out": "*bf16", "out_row": "i32", "tokens": "i32",
-    }  # fmt: skip
+_TYPES = {
+    "x": "*bf16", "x_row": "i32", "rotary": "*fp32", "tile_T4": "*i32", "position_B": "*i64", "k_pages": "*bf16",
+    "v_pages": "*bf16", "table": "*i64", "table_row": "i32", "out": "*bf16", "out_row": "i32", "tokens": "i32",
+}  # fmt: skip
+_ALIGNED = ("x_row", "out_row")
+
+
+def _rows_build(name: str, dim: int, *, is_inverse: bool) -> Build:
+    types = {name: type for name, type in _TYPES.items() if name in _rotate_rows.arg_names}
+    types["x"] = "*fp32" if is_inverse else "*bf16"
+    constants = {"DIM": dim, "HALF": dim // 4, "ROWS": 16, "SHARING": dim // 32, "IS_INVERSE": is_inverse}
+    return Build(f"rotary, {name}, D {dim}", _rotate_rows, types, constants, 4, 1, False, _ALIGNED)
+
+
+def _pages_build(name: str, dim: int, *, is_decode: bool) -> Build:
     constants = {
         "HEADS": 16, "KEY_HEADS": 4, "DIM": dim, "HALF": dim // 4, "ROWS": 16 if is_decode else CHUNK_LENGTH,
-        "IS_PAGED": is_paged, "IS_DECODE": is_decode, "IS_INVERSE": is_inverse,
+        "IS_DECODE": is_decode,
     }  # fmt: skip
-    num_warps, aligned = 8 if is_paged else 4, ("x_row", "out_row")
-    return Build(f"rotary, {name}, D {dim}", _rotate, types, constants, num_warps, 1, False, aligned)
+    return Build(f"rotary, {name}, D {dim}", _rotate_and_append, _TYPES, constants, 8, 1, False, _ALIGNED)
 
 
-_PACKED = {dim: _build("packed", dim, is_paged=False, is_decode=False, is_inverse=False) for dim in (64, 128)}
-_PAGED = {dim: _build("pages", dim, is_paged=True, is_decode=False, is_inverse=False) for dim in (64, 128)}
-_DECODE = {dim: _build("decode", dim, is_paged=True, is_decode=True, is_inverse=False) for dim in (64, 128)}
-_INVERSE = {dim: _build("inverse", dim, is_paged=False, is_decode=False, is_inverse=True) for dim in (64, 128)}
+_PACKED = {dim: _rows_build("packed", dim, is_inverse=False) for dim in (64, 128)}
+_INVERSE = {dim: _rows_build("inverse", dim, is_inverse=True) for dim in (64, 128)}
+_PAGED = {dim: _pages_build("pages", dim, is_decode=False) for dim in (64, 128)}
+_DECODE = {dim: _pages_build("decode", dim, is_decode=True) for dim in (64, 128)}
 
 BUILDS: list[Build] = [*_PACKED.values(), *_PAGED.values(), *_DECODE.values(), *_INVERSE.values()]
 
@@ -106,28 +137,13 @@ APPEND_ROWS = CHUNK_LENGTH
 """Rows of the `QueryTiles` that `rotate_and_append` takes."""
 
 
-def _launch(
-    builds: Mapping[int, Build],
-    x_NX: Tensor,
-    rotary_N2R: Tensor,
-    heads: int,
-    key_heads: int,
-    out: Tensor,
-    pages: Pages | None = None,
-    tile_T4: Tensor | None = None,
-    position_B: Tensor | None = None,
-) -> None:
-    tokens, half = x_NX.shape[0], rotary_N2R.shape[2]
-    dim = out.shape[1] // heads if pages is not None else x_NX.shape[1] // (heads + key_heads)
-    build = builds[dim]
-    constants = {**build.constants, "HEADS": heads, "KEY_HEADS": key_heads, "HALF": half}
-    tiles = triton.cdiv(tokens, build.constants["ROWS"]) if tile_T4 is None else len(tile_T4)
-    k_pages, v_pages, table = pages or (None, None, None)
-    _rotate[heads + key_heads * (2 if pages else 1), tiles](
-        x_NX, x_NX.stride(0), rotary_N2R, tile_T4, position_B, k_pages, v_pages, table,
-        0 if table is None else table.stride(0), out, out.stride(0), tokens,
-        **constants, num_warps=build.num_warps, num_stages=build.num_stages,
-    )  # fmt: skip
+def _rotate_packed(build: Build, x_NX: Tensor, rotary_N2R: Tensor, heads: int, out: Tensor) -> None:
+    most = build.constants["SHARING"]
+    sharing = next(count for count in range(most, 0, -1) if heads % count == 0)
+    constants = {**build.constants, "HALF": rotary_N2R.shape[2], "SHARING": sharing}
+    grid = (heads // sharing, triton.cdiv(len(x_NX), build.constants["ROWS"]))
+    places = (x_NX, x_NX.stride(0), rotary_N2R, out, out.stride(0), len(x_NX))
+    _rotate_rows[grid](*places, **constants, **build.options)
 
 
 def rotate(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int) -> Tensor:
@@ -135,15 +151,40 @@ def rotate(qkv_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int) -> Te
 
     rotary_N2R: cosines and sines of each row's position, float32, contiguous.
     """
-    inner = qkv_NX.shape[1] // (heads + 2 * key_heads) * (heads + key_heads)
-    out = torch.empty(qkv_NX.shape[0], inner, device=qkv_NX.device, dtype=qkv_NX.dtype)
-    _launch(_PACKED, qkv_NX[:, :inner], rotary_N2R, heads, key_heads, out)
+    dim = qkv_NX.shape[1] // (heads + 2 * key_heads)
+    turned = heads + key_heads
+    out = torch.empty(qkv_NX.shape[0], turned * dim, device=qkv_NX.device, dtype=qkv_NX.dtype)
+    _rotate_packed(_PACKED[dim], qkv_NX, rotary_N2R, turned, out)
     return out
 
 
 def rotate_back(dqk_NX: Tensor, rotary_N2R: Tensor, heads: int, key_heads: int, dqkv_NX: Tensor) -> None:
     """Gradients of rotated queries and keys, float32 [N, (H + K) * D], into the first columns of the projection's."""
-    _launch(_INVERSE, dqk_NX, rotary_N2R, heads, key_heads, dqkv_NX)
+    turned = heads + key_heads
+    _rotate_packed(_INVERSE[dqk_NX.shape[1] // turned], dqk_NX, rotary_N2R, turned, dqkv_NX)
+
+
+def _append(
+    builds: Mapping[int, Build],
+    x_NX: Tensor,
+    rotary_N2R: Tensor,
+    heads: int,
+    key_heads: int,
+    pages: Pages,
+    tile_T4: Tensor | None,
+    position_B: Tensor | None,
+) -> Tensor:
+    dim = x_NX.shape[1] // (heads + 2 * key_heads)
+    build, tokens = builds[dim], len(x_NX)
+    out = torch.empty(tokens, heads * dim, device=x_NX.device, dtype=x_NX.dtype)
+    constants = {**build.constants, "HEADS": heads, "KEY_HEADS": key_heads, "HALF": rotary_N2R.shape[2]}
+    tiles = triton.cdiv(tokens, build.constants["ROWS"]) if tile_T4 is None else len(tile_T4)
+    k_pages, v_pages, table = pages
+    _rotate_and_append[heads + 2 * key_heads, tiles](
+        x_NX, x_NX.stride(0), rotary_N2R, tile_T4, position_B, k_pages, v_pages, table, table.stride(0), out,
+        out.stride(0), tokens, **constants, **build.options,
+    )  # fmt: skip
+    return out
 
 
 def rotate_and_append(
@@ -153,20 +194,11 @@ def rotate_and_append(
 
     tiles: of `query_tiles` with APPEND_ROWS rows and the position at which each sequence's piece starts.
     """
-    out = _queries(qkv_NX, heads, key_heads)
-    _launch(_PAGED, qkv_NX, rotary_N2R, heads, key_heads, out, pages, tiles.tile_T4)
-    return out
+    return _append(_PAGED, qkv_NX, rotary_N2R, heads, key_heads, pages, tiles.tile_T4, None)
 
 
 def rotate_and_append_decode(
     qkv_BX: Tensor, rotary_B2R: Tensor, heads: int, key_heads: int, pages: Pages, position_B: Tensor
 ) -> Tensor:
     """As `rotate_and_append` for one token of each sequence, at position_B (int64)."""
-    out = _queries(qkv_BX, heads, key_heads)
-    _launch(_DECODE, qkv_BX, rotary_B2R, heads, key_heads, out, pages, position_B=position_B)
-    return out
-
-
-def _queries(qkv_NX: Tensor, heads: int, key_heads: int) -> Tensor:
-    columns = qkv_NX.shape[1] // (heads + 2 * key_heads) * heads
-    return torch.empty(qkv_NX.shape[0], columns, device=qkv_NX.device, dtype=qkv_NX.dtype)
+    return _append(_DECODE, qkv_BX, rotary_B2R, heads, key_heads, pages, None, position_B)
