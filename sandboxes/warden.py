@@ -17,6 +17,7 @@ import array
 import contextlib
 import ctypes
 import fcntl
+import importlib
 import marshal
 import os
 import resource
@@ -30,7 +31,7 @@ if TYPE_CHECKING or __name__ != "__main__":
     from cispo.sandboxes.kill_witness import Testimony
 else:
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last, as files here bear names of the library
-    from kill_witness import Testimony
+    Testimony = importlib.import_module("kill_witness").Testimony
 
 MAX_PACKET_BYTES = 1 << 17
 MAX_FDS = 64
@@ -172,11 +173,9 @@ class Witness:
         caller = self.testimony.next_caller()
         if caller is None:
             return
-        if not self._is_wrapped:
-            self.has_own_doing = True
-        elif caller == pid:  # about to repeat the program's exit code, or that of the first process if that was killed
-            self.has_first_outlived |= any(not is_dead(child) for child in children_of(pid))
-        elif parent_of(caller) == pid:
+        if self._is_wrapped and caller == pid:  # about to repeat the exit code of the program, or of a first process
+            self.has_first_outlived |= any(not is_dead(child) for child in children_of(pid))  # that was killed
+        elif self._is_wrapped and parent_of(caller) == pid:
             self.has_first_outlived = True
         else:
             self.has_own_doing = True
