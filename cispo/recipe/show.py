@@ -87,7 +87,7 @@ def _evaluations(recipe: TrainRecipe) -> str:
         return "none"
     every = recipe.evaluation.every_steps
     between = f", and every {every} steps" if every else ""
-    return f"before the first step and after the last one{between}"
+    return f"{' and '.join(recipe.evaluation.sets)}: before the first step and after the last one{between}"
 
 
 def _size(count: int) -> str:
@@ -110,6 +110,10 @@ def _value_lines(name: str, value: Any, written: SectionNode, path: SettingPath,
     if isinstance(value, BaseModel):
         yield f"{indent}{name}:"
         yield from _section_lines(value, written, path, depth + 1)
+    elif isinstance(value, dict) and any(isinstance(entry, BaseModel) for entry in value.values()):
+        yield f"{indent}{name}:"
+        for key, entry in value.items():
+            yield from _value_lines(key, entry, written, (*path, key), depth + 1)
     elif isinstance(value, list | tuple) and value and isinstance(value[0], BaseModel):
         yield f"{indent}{name}:"
         for index, item in enumerate(value):
