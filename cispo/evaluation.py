@@ -1,22 +1,37 @@
 """Measuring a policy on prompts it is not trained on, and the gain between two measurements."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cispo.crew import Crew
-from cispo.recipe.schema import EvaluationSettings, RolloutSettings
+from cispo.data import load_prompts
+from cispo.recipe.schema import FIRST_SET, EvaluationSettings, HeldoutSettings, RolloutSettings
 from cispo.rollout.recipe_request import group_request
 from cispo.sampler import Progress
 from cispo.statistics import Estimate, PromptOutcome, evaluation_metrics, paired_gain, pass_at_1
 from cispo.types import Prompt, ScoredGroup, ScoreStatus
 
-NAME = "heldout"
-"""The evaluation's name in metrics: eval/heldout/..."""
-
-
 _NO_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 """What may not stand in the name of a metric."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutSet:
+    """Prompts that are measured under one name, and how."""
+
+    name: str
+    settings: HeldoutSettings
+    prompts: tuple[Prompt, ...]
+
+
+def load_heldout(evaluation: EvaluationSettings | None, *, base_path: Path) -> list[HeldoutSet]:
+    """Every set that a recipe measures, the first one first; none without the section. Raises as load_prompts does."""
+    sets = evaluation.sets if evaluation is not None else {}
+    return [
+        HeldoutSet(name, settings, tuple(load_prompts(settings.data, base_path=base_path)))
+        for name, settings in sets.items()
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +39,8 @@ class Evaluation:
     """What one measurement found, prompt by prompt in their order."""
 
     outcomes: tuple[PromptOutcome, ...]
+    name: str = FIRST_SET
+    """What its metrics are named by."""
     first_error: str = ""
     """What the reward said where it failed first."""
     parts: tuple[str, ...] = ()
@@ -32,13 +49,18 @@ class Evaluation:
     """Further k that pass@k is given for."""
 
     def metrics(self) -> dict[str, float]:
-        """Over all prompts as eval/heldout/..., and as eval/heldout.PART/... over those of each part."""
-        metrics = evaluation_metrics(NAME, self.outcomes, pass_at=self.pass_at)
+        """Over all prompts as eval/NAME/..., and as eval/NAME.PART/... over those of each part."""
+        metrics = evaluation_metrics(self.name, self.outcomes, pass_at=self.pass_at)
         for part in dict.fromkeys(self.parts):
             chosen = [outcome for outcome, its in zip(self.outcomes, self.parts, strict=True) if its == part]
-            name = f"{NAME}.{_NO_NAME.sub('_', part)}"
+            name = f"{self.name}.{_NO_NAME.sub('_', part)}"
             metrics |= evaluation_metrics(name, chosen, pass_at=self.pass_at)
         return metrics
+
+    @property
+    def title(self) -> str:
+        """What it is called in lines for people."""
+        return "held-out" if self.name == FIRST_SET else f"held-out {self.name}"
 
     @property
     def scored_completions(self) -> int:
@@ -76,27 +98,26 @@ class Evaluation:
         )
 
 
-def evaluate(
-    crew: Crew, prompts: Sequence[Prompt], settings: EvaluationSettings, rollout: RolloutSettings, progress: Progress
-) -> Evaluation:
-    """Sample and score completions of every prompt. The same weights always give the same outcome.
+def evaluate(crew: Crew, heldout: HeldoutSet, rollout: RolloutSettings, progress: Progress) -> Evaluation:
+    """Sample and score completions of every prompt of a set. The same weights always give the same outcome.
 
     Goes before groups that are sampled for training at the same time. rollout: what ends a completion.
     """
+    settings = heldout.settings
     size, temperature = settings.completions_per_prompt, settings.temperature
+    stream = "evaluation" if heldout.name == FIRST_SET else f"evaluation {heldout.name}"
     requests = [
-        replace(
-            group_request(prompt, rollout, group_size=size, temperature=temperature, stream="evaluation"), priority=1
-        )
-        for prompt in prompts
+        replace(group_request(prompt, rollout, group_size=size, temperature=temperature, stream=stream), priority=1)
+        for prompt in heldout.prompts
     ]
     found = crew.sample_and_score(requests, progress)
     outcomes = {group.prompt.id: _outcome(group) for group in found.groups}
     unsampled = PromptOutcome((), (), (), (), errors=size)
     failed = (score.message for group in found.groups for score in group.scores if score.status is not ScoreStatus.OK)
-    parts = tuple(str(prompt.row[settings.by]) for prompt in prompts) if settings.by is not None else ()
+    parts = tuple(str(prompt.row[settings.by]) for prompt in heldout.prompts) if settings.by is not None else ()
     return Evaluation(
-        tuple(outcomes.get(prompt.id, unsampled) for prompt in prompts),
+        tuple(outcomes.get(prompt.id, unsampled) for prompt in heldout.prompts),
+        heldout.name,
         next(failed, next(iter(found.failed.values()), "")),
         parts,
         settings.pass_at,
@@ -126,7 +147,7 @@ def describe_gain(before: Evaluation, after: Evaluation) -> list[str]:
     pass = form * (correct given form), so a gain splits exactly into the two: each factor's change at the mean of the
     other.
     """
-    lines = [f"held-out before: {before}", f"held-out after:  {after}"]
+    lines = [f"{before.title} before: {before}", f"{after.title} after:  {after}"]
     pairs = zip(before.outcomes, after.outcomes, strict=True)
     if sum(bool(b.correct and a.correct) for b, a in pairs) < 2:
         return [*lines, "gain unknown: it takes at least 2 prompts that were scored both before and after"]

@@ -16,10 +16,10 @@ from contextlib import closing
 from typing import Any
 
 from cispo.checkpoint import best_step, keep_best, list_checkpoints
-from cispo.crew import Crew
+from cispo.crew import Crew, Roles
 from cispo.data import load_prompts
 from cispo.errors import CispoError, LearnerLostError, RecipeError, RewardError, RunFolderError
-from cispo.evaluation import Evaluation, describe_gain, evaluate
+from cispo.evaluation import Evaluation, HeldoutSet, describe_gain, evaluate, load_heldout
 from cispo.group_metrics import add_groups
 from cispo.metrics import StepMetrics, Sum
 from cispo.preflight import check_start
@@ -41,16 +41,20 @@ LEARNER_DEATHS_AT_A_STEP = 3
 """Times that a learner may die after the same step before the run ends; it will not get beyond it."""
 
 
-def run_training(recipe: TrainRecipe, folder: RunFolder, *, resume: bool) -> None:
-    """Train by the recipe and leave everything in the run folder; `resume` goes on from its newest checkpoint."""
+def run_training(recipe: TrainRecipe, folder: RunFolder, *, resume: bool, roles: Roles | None = None) -> None:
+    """Train by the recipe and leave everything in the run folder; `resume` goes on from its newest checkpoint.
+
+    roles: the classes of the actors, for who watches or hinders them.
+    """
     policy_path = resolve_policy(recipe.policy.path, base_path=recipe.base_path)
     prompts = load_prompts(recipe.data, base_path=recipe.base_path)
-    heldout = load_prompts(recipe.evaluation.data, base_path=recipe.base_path) if recipe.evaluation else []
+    heldout = load_heldout(recipe.evaluation, base_path=recipe.base_path)
     check_start(recipe, policy_path, prompts, heldout)
+    roles = roles or Roles()
     with (
         ray_session(recipe.ray),
         _views(recipe, folder) as views,
-        closing(Crew(recipe, policy_path, cores=_cores(), with_learner=True, say=views.message)) as crew,
+        closing(Crew(recipe, policy_path, cores=_cores(), with_learner=True, say=views.message, roles=roles)) as crew,
     ):
         _report_arithmetic(crew, views)
         run = _Run(recipe, folder, crew, views, prompts, heldout)
@@ -60,17 +64,19 @@ def run_training(recipe: TrainRecipe, folder: RunFolder, *, resume: bool) -> Non
 
 
 def run_evaluation(recipe: TrainRecipe) -> None:
-    """Measure the recipe's policy on its evaluation prompts and print the result."""
+    """Measure the recipe's policy on its evaluation prompts and print the result of each set."""
     if recipe.evaluation is None:
         raise RecipeError("evaluation: is null, so there is nothing to measure on; name its data")
     policy_path = resolve_policy(recipe.policy.path, base_path=recipe.base_path)
-    heldout = load_prompts(recipe.evaluation.data, base_path=recipe.base_path)
+    heldout = load_heldout(recipe.evaluation, base_path=recipe.base_path)
     check_start(recipe, policy_path, None, heldout)
     with ray_session(recipe.ray), closing(Crew(recipe, policy_path, cores=_cores(), with_learner=False)) as crew:
-        evaluation = evaluate(crew, heldout, recipe.evaluation, recipe.rollout, lambda done, total: None)
-    if not evaluation.scored_completions:
-        raise RewardError(str(evaluation))
-    print(evaluation)
+        for each in heldout:
+            evaluation = evaluate(crew, each, recipe.rollout, lambda done, total: None)
+            text = f"{each.name}: {evaluation}" if len(heldout) > 1 else str(evaluation)
+            if not evaluation.scored_completions:
+                raise RewardError(text)
+            print(text, flush=True)
 
 
 class _Run:
@@ -83,13 +89,13 @@ class _Run:
         crew: Crew,
         views: Views,
         prompts: Sequence[Prompt],
-        heldout: Sequence[Prompt],
+        heldout: Sequence[HeldoutSet],
     ) -> None:
         self.recipe, self.folder, self.crew, self.views = recipe, folder, crew, views
         self.prompts, self.heldout = prompts, heldout
         self.step = 0
-        self._before: Evaluation | None = None
-        self._latest: Evaluation | None = None
+        self._before: list[Evaluation] = []
+        self._latest: list[Evaluation] = []
         self._under_way: dict[int, list[GroupRequest]] = {}
         self._lost_after: list[int] = []
         self._unsolved: UnsolvedPrompts | None = None
@@ -108,22 +114,27 @@ class _Run:
             self.views.message(f"resumed from {checkpoints[-1].name}")
         self.folder.truncate_after(self.step)
         self.crew.quarantine(self.folder.read_quarantine())
-        if self.recipe.evaluation:
-            # The policy that the run started from is what rollout workers hold until the first broadcast.
-            self._before = self._evaluate()
-            self.views.message(f"held-out before: {self._before}")
-            if not self._before.scored_completions:
-                # Before anything is done; later evaluations end no run, as by then there is something to lose.
-                raise RewardError(
-                    f"the evaluation before the first step: {self._before}; mend the reward, then give the same "
-                    "command again"
-                )
-            if self.folder.last_step() is None:
-                self.folder.append_metrics(0, self._before.metrics())
-                self.views.step(0, self._before.metrics())
+        if self.heldout:
+            self._measure_before()
         self.crew.broadcast()
         if not checkpoints:
             self._save()
+
+    def _measure_before(self) -> None:
+        """Evaluate what rollout workers hold until the first broadcast: the policy that the run started from."""
+        self._before = self._evaluate()
+        for evaluation in self._before:
+            self.views.message(f"{evaluation.title} before: {evaluation}")
+            if not evaluation.scored_completions:
+                # Before anything is done; later evaluations end no run, as by then there is something to lose.
+                raise RewardError(
+                    f"the evaluation before the first step: {evaluation}; mend the reward, then give the same "
+                    "command again"
+                )
+        if self.folder.last_step() is None:
+            metrics = _metrics_of(self._before)
+            self.folder.append_metrics(0, metrics)
+            self.views.step(0, metrics)
 
     def take_steps(self) -> None:
         """All steps to the last. A learner that dies is started again from the last checkpoint, some times."""
@@ -153,7 +164,7 @@ class _Run:
             metrics.update({"group/left_out_solved": float(self._unsolved.left_out(step))})
         if self._evaluates_after(step):
             self._latest = self._evaluate()
-            metrics.update(self._latest.metrics())
+            metrics.update(_metrics_of(self._latest))
         tokens = sum(rollout.completion_length_tokens for group in groups for rollout in group.rollouts)
         seconds = time.perf_counter() - started
         metrics.update({"time_s/step": seconds, "perf/completion_tokens_per_s": tokens / seconds})
@@ -166,10 +177,10 @@ class _Run:
 
     def finish(self) -> None:
         """Say what the run has gained."""
-        if self._before is not None:
-            after = self._latest or self._evaluate()
-            for line in describe_gain(self._before, after):
-                self.views.message(line)
+        if self._before:
+            for before, after in zip(self._before, self._latest or self._evaluate(), strict=True):
+                for line in describe_gain(before, after):
+                    self.views.message(line)
         newest = list_checkpoints(self.folder.path / "checkpoints")[-1]
         self.views.message(f"policy: {newest / 'policy'}")
 
@@ -253,11 +264,10 @@ class _Run:
             return False
         return step == self.recipe.steps or (evaluation.every_steps > 0 and step % evaluation.every_steps == 0)
 
-    def _evaluate(self) -> Evaluation:
-        assert self.recipe.evaluation is not None
-        return evaluate(
-            self.crew, self.heldout, self.recipe.evaluation, self.recipe.rollout, self._progress("evaluation")
-        )
+    def _evaluate(self) -> list[Evaluation]:
+        """Of each set, in their order."""
+        progress = self._progress("evaluation")
+        return [evaluate(self.crew, each, self.recipe.rollout, progress) for each in self.heldout]
 
     def _add_reward_statistics(self, metrics: StepMetrics) -> None:
         """Counters of the reward workers; what they hold depends on their caches, so all of them are times or perf."""
@@ -301,6 +311,10 @@ def _views(recipe: TrainRecipe, folder: RunFolder) -> Views:
         wandb_project=recipe.logging.wandb_project,
         ray_metrics=True,
     )
+
+
+def _metrics_of(evaluations: Sequence[Evaluation]) -> dict[str, float]:
+    return {name: value for evaluation in evaluations for name, value in evaluation.metrics().items()}
 
 
 def _cores() -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cispo.devices import resolve_device
 from cispo.errors import CheckpointError, DataError
+from cispo.evaluation import HeldoutSet
 from cispo.kernels.cpu_library import prepare
 from cispo.model.checkpoint import check_weights, read_config
 from cispo.model.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from cispo.types import Prompt
 
 
 def check_start(
-    recipe: TrainRecipe, policy_path: Path, prompts: Sequence[Prompt] | None, heldout: Sequence[Prompt]
+    recipe: TrainRecipe, policy_path: Path, prompts: Sequence[Prompt] | None, heldout: Sequence[HeldoutSet]
 ) -> None:
     """Raise the CispoError that an actor would meet later. prompts: those trained on, None for an evaluation alone."""
     check_weights(policy_path)
@@ -35,7 +36,8 @@ def check_start(
     if prompts is not None and len(prompts) < needed:
         raise DataError(f"data.path has {len(prompts)} prompts, rollout.prompts_per_step is {needed}; lower the latter")
     refuse_no_room_for_answers(recipe.rollout, tokenizer)
-    _refuse_long_prompts(tokenizer, (*(prompts or ()), *heldout), recipe.rollout.max_prompt_tokens)
+    measured = [prompt for each in heldout for prompt in each.prompts]
+    _refuse_long_prompts(tokenizer, (*(prompts or ()), *measured), recipe.rollout.max_prompt_tokens)
     if recipe.ray.address is None:
         # The actors will run on this machine; of another cluster's machines nothing can be told from here.
         device = resolve_device(recipe.policy.device)

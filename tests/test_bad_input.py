@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from cispo.cli import main
 from cispo.errors import RunFolderError
-from cispo.evaluation import evaluate
+from cispo.evaluation import HeldoutSet, evaluate
+from cispo.kernels.cpu_library import prepare
 from cispo.recipe.schema import EvaluationSettings, RolloutSettings
 from cispo.rollout.request import GroupRequest
 from cispo.run_folder import RunFolder
@@ -177,6 +178,7 @@ def test_one_line_before_any_actor_starts(
     change, overrides, expected = CASES[name]
     change(folder)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    prepare()  # no compiler is on the PATH that follows
     monkeypatch.setenv("PATH", str(folder))
     assert main(["train", "r.yaml", *overrides]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -304,8 +306,9 @@ def test_an_evaluation_tells_what_the_reward_said() -> None:
 
     crew: Any = FailingCrew()
     settings = EvaluationSettings.model_validate({"data": {"path": "unused"}})
+    heldout = HeldoutSet("heldout", settings, (Prompt("a", "?"), Prompt("b", "?")))
     rollout = RolloutSettings(prompts_per_step=1, max_completion_tokens=1)
-    found = evaluate(crew, [Prompt("a", "?"), Prompt("b", "?")], settings, rollout, lambda done, total: None)
+    found = evaluate(crew, heldout, rollout, lambda done, total: None)
     text = "pass@1 unknown: the reward failed on all 1 completions of 2 prompts; the first: "
     assert str(found) == f"{text}reward 'r': raised OSError: gone"
 
@@ -323,7 +326,8 @@ def test_eval_without_a_single_score_is_a_mistake(
         def __init__(self, *_: object, **__: object) -> None: ...
         def close(self) -> None: ...
 
-    nothing = Evaluation((PromptOutcome((), (), (), (), errors=2),), "reward 'reward': raised OSError: gone")
+    unscored = PromptOutcome((), (), (), (), errors=2)
+    nothing = Evaluation((unscored,), first_error="reward 'reward': raised OSError: gone")
     monkeypatch.setattr(cispo.loop, "ray_session", lambda _: nullcontext())
     monkeypatch.setattr(cispo.loop, "Crew", IdleCrew)
     monkeypatch.setattr(cispo.loop, "evaluate", lambda *_: nothing)

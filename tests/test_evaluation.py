@@ -1,12 +1,17 @@
 """What an evaluation says of itself, also when rewards failed: a measurement that is missing ends no run."""
 
+import json
+from pathlib import Path
+
 import pytest
+import yaml
 
 from cispo.errors import RecipeError
-from cispo.evaluation import Evaluation, describe_gain
+from cispo.evaluation import Evaluation, describe_gain, load_heldout
 from cispo.metric_table import check_names
-from cispo.recipe.load import read_recipe
+from cispo.recipe.load import load_train, read_recipe
 from cispo.recipe.schema import TrainRecipe
+from cispo.recipe.show import annotated_yaml, train_plan
 from cispo.statistics import PromptOutcome
 
 
@@ -62,9 +67,67 @@ def test_parts_are_measured_beside_the_whole() -> None:
     check_names(metrics)
 
 
+def test_a_further_set_is_measured_under_its_own_name() -> None:
+    before = Evaluation((outcome([False]), outcome([True])), name="human_eval")
+    after = Evaluation((outcome([True]), outcome([True])), name="human_eval", parts=("a", "b"))
+    metrics = after.metrics()
+    assert (metrics["eval/human_eval/pass@1"], metrics["eval/human_eval.a/pass@1"]) == (1.0, 1.0)
+    check_names(metrics)
+    first, second, gain = describe_gain(before, after)
+    assert first.startswith("held-out human_eval before: pass@1 0.500")
+    assert second.startswith("held-out human_eval after:  pass@1 1.000")
+    assert gain.startswith("gain +0.500 [")
+
+
+FURTHER = "evaluation.also.human_eval.data.path=bundled:code/train.jsonl"
+
+
+def test_further_sets_have_settings_of_their_own() -> None:
+    overrides = [FURTHER, "evaluation.also.human_eval.temperature=0.2", "checkpoint.keep_best=eval/human_eval/pass@1"]
+    evaluation = read_recipe("code", overrides, TrainRecipe).recipe.evaluation
+    assert evaluation is not None
+    assert list(evaluation.sets) == ["heldout", "human_eval"] and evaluation.sets["heldout"] is evaluation
+    assert (evaluation.temperature, evaluation.sets["human_eval"].temperature) == (1.0, 0.2)
+    assert (evaluation.completions_per_prompt, evaluation.sets["human_eval"].completions_per_prompt) == (2, 1)
+
+
+def test_a_further_set_is_loaded_and_looked_at_as_the_first_is(tmp_path: Path) -> None:
+    rows = [{"id": "a", "prompt": "Write f.", "entry_point": "f", "tests": []}, {"id": "b", "prompt": "Write g."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = read_recipe("code", [f"evaluation.also.mine.data.path={tmp_path}/rows.jsonl"], TrainRecipe).recipe
+    first, mine = load_heldout(recipe.evaluation, base_path=tmp_path)
+    assert (first.name, mine.name) == ("heldout", "mine") and len(first.prompts) > 2
+    assert [prompt.id for prompt in mine.prompts] == ["a", "b"]
+    assert load_heldout(None, base_path=tmp_path) == []
+    for override, message in (
+        ("evaluation.also.mine.data.path=gone.jsonl", "command line evaluation.also.mine.data.path: "),
+        ("evaluation.also.mine.by=kind", "rows.jsonl: no column 'kind'"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load_train("code", [f"evaluation.also.mine.data.path={tmp_path}/rows.jsonl", override])
+        assert message in str(caught.value)
+
+
+def test_the_dry_run_shows_further_sets() -> None:
+    loaded = load_train("code", [FURTHER])
+    text = annotated_yaml(loaded)
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    at = lines.index("also:")
+    assert lines[at + 1 : at + 4] == ["human_eval:", "data:", "path: bundled:code/train.jsonl"]
+    assert TrainRecipe.model_validate(yaml.safe_load(text)) == loaded.recipe
+    assert "heldout and human_eval: before the first step and after the last one" in train_plan(loaded.recipe)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("evaluation.also.a/b.data.path=x", "evaluation.also: the name 'a/b' cannot stand in a metric"),
+        ("evaluation.also.heldout.data.path=x", "evaluation.also: the name 'heldout' cannot stand in a metric"),
+        ("evaluation.also.x.data.pth=x", "evaluation.also.x.data.pth: no such setting; did you mean 'path'?"),
+        ("evaluation.also.x.temperature=1", "evaluation.also.x.data: is not set and has no default"),
+        ("evaluation.also={x: {data: {path: x}, completions_per_prompt: 500}}", "completions_per_prompt: is 500"),
+        ("evaluation.also={x: {data: {path: x}, pass_at: [2]}}", "pass_at: has 2 with completions_per_prompt 1"),
+        ("checkpoint.keep_best=eval/x/pass@1", "keep_best: is eval/x/pass@1 but no set that is measured has that name"),
         ("evaluation.pass_at=[4]", "pass_at: has 4 with completions_per_prompt 2"),
         ("evaluation.pass_at=[0]", "pass_at: has 0 with"),
         ("checkpoint.keep_best=pass", "checkpoint.keep_best: there is no metric 'pass'"),

@@ -16,6 +16,7 @@ from cispo import loop
 from cispo.checkpoint import load_checkpoint, prune_checkpoints, write_checkpoint
 from cispo.crew import Crew, CrewCounts
 from cispo.errors import RewardError
+from cispo.evaluation import HeldoutSet
 from cispo.loop import _Run
 from cispo.recipe.schema import TrainRecipe
 from cispo.rollout.request import GroupRequest
@@ -25,7 +26,8 @@ from cispo.types import Prompt, Rollout, Score, ScoredGroup, ScoreStatus, StopRe
 from cispo.views import Views
 
 PROMPTS = [Prompt(f"p{index}", f"question {index}") for index in range(8)]
-HELDOUT = [Prompt(f"h{index}", f"held out {index}") for index in range(3)]
+HELDOUT = tuple(Prompt(f"h{index}", f"held out {index}") for index in range(3))
+SETS = {"heldout": HELDOUT, "further": HELDOUT}
 STEPS = 5
 
 
@@ -126,7 +128,7 @@ def make_recipe(
         "rollout": {"prompts_per_step": 3, "group_size": 2, "max_completion_tokens": 4, "drop_solved_at": drop},
         "rewards": [{"name": "length"}],
         "learner": {"learning_rate": 1e-3},
-        "evaluation": {"data": {"path": "unused"}, "every_steps": 2},
+        "evaluation": {"data": {"path": "unused"}, "every_steps": 2, "also": {"further": {"data": {"path": "unused"}}}},
         "checkpoint": {"every_steps": save_every, "keep": keep, "keep_best": keep_best},
     }
     return TrainRecipe.model_validate(sections)
@@ -142,7 +144,9 @@ def run(
     views = SilentViews()
     try:
         crew, shown = cast(Crew, ToyCrew(recipe, kill)), cast(Views, views)
-        running = _Run(recipe, folder, crew, shown, PROMPTS, HELDOUT)
+        assert recipe.evaluation is not None
+        heldout = [HeldoutSet(name, settings, SETS[name]) for name, settings in recipe.evaluation.sets.items()]
+        running = _Run(recipe, folder, crew, shown, PROMPTS, heldout)
         running.start(resume=resume)
         running.take_steps()
         running.finish()
@@ -191,7 +195,7 @@ def test_killed_anywhere_and_resumed_a_run_is_the_same_run(tmp_path: Path, save_
         path = tmp_path / f"killed_{count}"
         with pytest.raises(Killed):
             run(path, recipe, kill=kill_at(count, []))
-        assert run(path, recipe, resume=True)[-4:-1] == said[-4:-1]
+        assert run(path, recipe, resume=True)[-7:-1] == said[-7:-1]
         left = fingerprint(path)
         # A kill between the last checkpoint and the removal of older ones leaves one more, which does no harm.
         assert expected.items() <= left.items(), f"killed at place {count}, {places[count - 1]}"
@@ -236,7 +240,20 @@ def test_resuming_a_finished_run_changes_nothing_and_tells_its_gain_again(tmp_pa
     again = run(tmp_path / "toy", make_recipe(), resume=True)
     assert fingerprint(tmp_path / "toy") == before
     assert again[0] == f"resumed from step_00000{STEPS}"
-    assert again[-4:-1] == said[-4:-1]
+    assert again[-7:-1] == said[-7:-1]
+
+
+def test_every_set_is_measured_under_its_name_with_noise_of_its_own(tmp_path: Path) -> None:
+    said = run(tmp_path / "toy", make_recipe())
+    lines = json.loads(fingerprint(tmp_path / "toy")["metrics"])
+    measured = [line["step"] for line in lines if "eval/heldout/pass@1" in line]
+    assert measured == [0, 2, 4, STEPS]
+    assert measured == [line["step"] for line in lines if "eval/further/pass@1" in line]
+    # The same prompts in both sets do not give the same completions.
+    assert any(line["eval/heldout/avg@1"] != line["eval/further/avg@1"] for line in lines if line["step"] in measured)
+    titles = [line.partition(":")[0] for line in said[-7:-1]]
+    assert titles[:2] == ["held-out before", "held-out after"] and titles[2].startswith("gain ")
+    assert titles[3:5] == ["held-out further before", "held-out further after"] and titles[5].startswith("gain ")
 
 
 def test_a_run_can_be_resumed_with_more_steps(tmp_path: Path) -> None:
@@ -295,6 +312,7 @@ def test_the_crew_is_closed_however_a_run_ends(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(loop, "Crew", ClosableCrew)
     monkeypatch.setattr(loop, "resolve_policy", lambda path, base_path: tmp_path)
     monkeypatch.setattr(loop, "load_prompts", lambda data, base_path: PROMPTS)
+    monkeypatch.setattr(loop, "load_heldout", lambda evaluation, base_path: [])
     monkeypatch.setattr(loop, "check_start", lambda *arguments: None)
     monkeypatch.setattr(loop, "ray_session", lambda settings: nullcontext())
     monkeypatch.setattr(loop, "_views", lambda recipe, folder: nullcontext(SilentViews()))

@@ -1,7 +1,10 @@
 """Cases of benchmarks/kernels.py, a module a kernel: each lists what it times beside which peers, and its floor."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+import torch
 
 COPY_SHARE = 0.8
 """A kernel that only moves rows is to move its bytes at this share of the pace of a copy."""
@@ -31,3 +34,30 @@ class Case:
     error: Callable[[], float]
     error_limit: float = 3.0e-3
     extra: Mapping[str, str] = field(default_factory=dict)
+
+
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def capture_stream() -> torch.cuda.Stream:
+    """The stream that graphs are captured on, behind all that was launched so far."""
+    stream = _capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    return stream
+
+
+def graphed(work: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a CUDA graph of what `work` launches: its time is the card's, whatever the host does.
+
+    Gradients are computed on the stream of their forward, so the forward of such work is to run on `capture_stream()`.
+    """
+    stream = capture_stream()
+    with torch.cuda.stream(stream):
+        work()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    return graph.replay

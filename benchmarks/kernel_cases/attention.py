@@ -16,7 +16,7 @@ from cispo.kernels.chunks import CHUNK_LENGTH, chunk_grid
 from cispo.kernels.softmax_attention import softmax_attention, softmax_decode, softmax_prefill
 from cispo.kernels.softmax_cpu import Pages
 from cispo.model.mixers import rotary_table
-from kernel_cases import Case, Machine
+from kernel_cases import Case, Machine, graphed
 
 DEVICE = torch.device("cuda")
 THETA = 1e6
@@ -127,11 +127,7 @@ def _decode(batch: int, context: int, heads: int, key_heads: int, dim: int) -> W
     def step() -> Tensor:
         return softmax_decode(qkv, rotary, heads, key_heads, pages, position_B, batch)
 
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return {"cispo": graph.replay}
+    return {"cispo": graphed(step)}
 
 
 def _decode_floor(batch: int, context: int, key_heads: int, dim: int, machine: Machine) -> float:

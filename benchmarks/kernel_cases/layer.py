@@ -27,7 +27,7 @@ from cispo.model.cache import DecodeCache
 from cispo.model.config import LIGHTNING, SOFTMAX, ModelConfig
 from cispo.model.decoder import Layer, Rows
 from cispo.model.mixers import rotary_table
-from kernel_cases import Case, Machine
+from kernel_cases import Case, Machine, graphed
 
 try:
     from fla.ops.simple_gla import chunk_simple_gla
@@ -173,14 +173,6 @@ def _error(mixer: str) -> float:
     return float(((ours - theirs.double()).norm(dim=1) / ours.norm(dim=1)).median())
 
 
-def _graph(work: Work) -> Work:
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
 @torch.no_grad()
 def _decode(mixer: str) -> Works:
     layer, rows = _layer(mixer), _rows(BATCH)
@@ -196,9 +188,9 @@ def _decode(mixer: str) -> Works:
     def work() -> object:
         return layer.decode(rows, rotary, step, cache.layers[0], norm, None).x_ND
 
-    works = {"cispo": _graph(work), "library products": _graph(_patched(work))}
+    works = {"cispo": graphed(work), "library products": graphed(_patched(work))}
     if mixer == SOFTMAX:
-        works["library products and SDPA"] = _graph(_patched(work, softmax_decode=_sdpa_decode(CONTEXT)))
+        works["library products and SDPA"] = graphed(_patched(work, softmax_decode=_sdpa_decode(CONTEXT)))
     return works
 
 

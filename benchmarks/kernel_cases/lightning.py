@@ -17,7 +17,7 @@ from cispo.kernels.chunks import CHUNK_LENGTH, chunk_grid
 from cispo.kernels.gpu import lightning_backward, lightning_forward
 from cispo.kernels.lightning_attention import decays, lightning_attention, lightning_decode, lightning_prefill
 from cispo.model.mixers import lightning_slopes
-from kernel_cases import Case, Machine
+from kernel_cases import Case, Machine, graphed
 
 try:
     from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
@@ -157,15 +157,7 @@ def _decode(batch: int, heads: int, dim: int) -> Mapping[str, Work]:
             recurrent = {"initial_state": caches[0], "output_final_state": True}
             fused_recurrent_simple_gla(q, k, v, g_gamma=-constants.slopes_H, scale=1.0, **recurrent)
 
-    return {"cispo": _graph(ours)} | ({"fla and SiLU": _graph(theirs)} if fused_recurrent_simple_gla else {})
-
-
-def _graph(work: Callable[[], None]) -> Work:
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+    return {"cispo": graphed(ours)} | ({"fla and SiLU": graphed(theirs)} if fused_recurrent_simple_gla else {})
 
 
 def _case(name: str, bytes_moved: int, reach_ms: float | None, prepare: Any, dim: int, **checks: bool) -> Case:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cispo.kernels import norm
-from kernel_cases import COPY_SHARE, Case, Machine
+from kernel_cases import COPY_SHARE, Case, Machine, capture_stream, graphed
 
 ROWS = 16_384
 CHECKED_ROWS = 1024
@@ -75,8 +75,9 @@ def _backward(kind: str, width: int) -> Mapping[str, Callable[[], object]]:
     def work(compute: Norm) -> Callable[[], object]:
         leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
         used = leaves if kind != "rms" else leaves[::2]
-        out = compute(*leaves)
-        return lambda: torch.autograd.grad(out, used, tensors[3], retain_graph=True)
+        with torch.cuda.stream(capture_stream()):
+            out = compute(*leaves)
+        return graphed(lambda: torch.autograd.grad(out, used, tensors[3], retain_graph=True))
 
     return {"cispo": work(OURS[kind]), "torch rms_norm": work(TORCH[kind])}
 

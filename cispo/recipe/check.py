@@ -115,11 +115,13 @@ def _data_mistakes(path: SettingPath, data: DataSettings, base_path: Path, colum
     return [((*path, "path"), text) for text in texts]
 
 
-def _evaluation_mistakes(
-    evaluation: EvaluationSettings, base_path: Path, columns: Sequence[str]
-) -> list[FileMistake]:
-    grouping = [evaluation.by] if evaluation.by is not None else []
-    return _data_mistakes(("evaluation", "data"), evaluation.data, base_path, [*columns, *grouping])
+def _evaluation_mistakes(evaluation: EvaluationSettings, base_path: Path, columns: Sequence[str]) -> list[FileMistake]:
+    found = []
+    for name, heldout in evaluation.sets.items():
+        path = ("evaluation", "data") if heldout is evaluation else ("evaluation", "also", name, "data")
+        grouping = [heldout.by] if heldout.by is not None else []
+        found += _data_mistakes(path, heldout.data, base_path, [*columns, *grouping])
+    return found
 
 
 def _task_mistakes(recipe: TrainRecipe) -> list[FileMistake]:

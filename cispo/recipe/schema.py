@@ -3,6 +3,7 @@
 Sections that belong to one room are declared beside it and only put together here.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,10 @@ from cispo.metric_table import find_metric
 from cispo.objective_settings import CispoSettings, ObjectiveSettings
 from cispo.rewards.settings import RewardSettings
 from cispo.sandboxes.settings import SandboxSettings
+
+FIRST_SET = "heldout"
+"""The name in metrics of the set that the section `evaluation` itself names: eval/heldout/..."""
+SET_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
 
 RunName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -140,13 +145,11 @@ class RolloutSettings(Section):
         return self
 
 
-class EvaluationSettings(Section):
-    """How the policy is measured: the share of completions that get the full reward, with a 95% interval."""
+class HeldoutSettings(Section):
+    """A set of prompts that is measured, and how its completions are sampled."""
 
     data: DataSettings
     """Prompts that are measured on; keep them apart from those trained on."""
-    every_steps: int = Field(default=0, ge=0)
-    """Steps between two evaluations; 0 evaluates before the first step and after the last one only."""
     completions_per_prompt: int = Field(default=1, ge=1)
     """Completions sampled for each prompt."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -157,7 +160,7 @@ class EvaluationSettings(Section):
     """Further k that pass@k is estimated for, up to completions_per_prompt; 1 and that number are given always."""
 
     @model_validator(mode="after")
-    def _completions_suffice(self) -> "EvaluationSettings":
+    def _completions_suffice(self) -> "HeldoutSettings":
         for k in self.pass_at:
             if not 1 <= k <= self.completions_per_prompt:
                 raise ValueError(
@@ -165,6 +168,35 @@ class EvaluationSettings(Section):
                     "from at least k completions of a prompt; lower the former or raise the latter"
                 )
         return self
+
+
+class EvaluationSettings(HeldoutSettings):
+    """How the policy is measured: the share of completions that get the full reward, with a 95% interval.
+
+    The set of this section is `heldout` in metrics; the best checkpoint is the one that is best in it, unless told
+    otherwise.
+    """
+
+    every_steps: int = Field(default=0, ge=0)
+    """Steps between two evaluations; 0 evaluates before the first step and after the last one only."""
+    also: dict[str, HeldoutSettings] = {}
+    """Further sets that are measured beside it, each by the name that its metrics have: eval/NAME/pass@1."""
+
+    @field_validator("also")
+    @classmethod
+    def _names_are_of_metrics(cls, also: dict[str, HeldoutSettings]) -> dict[str, HeldoutSettings]:
+        for name in also:
+            if not SET_NAME.fullmatch(name) or name == FIRST_SET:
+                raise ValueError(
+                    f"the name {name!r} cannot stand in a metric; take letters, digits, dash and underscore, "
+                    f"and not {FIRST_SET}, which is the first set's"
+                )
+        return also
+
+    @property
+    def sets(self) -> dict[str, HeldoutSettings]:
+        """All that is measured, by name, the first set first."""
+        return {FIRST_SET: self, **self.also}
 
 
 class CheckpointSettings(Section):
@@ -257,9 +289,18 @@ class TrainRecipe(Section):
     @model_validator(mode="after")
     def _best_is_measured(self) -> "TrainRecipe":
         best = self.checkpoint.keep_best
-        if best is not None and best.startswith("eval/") and self.evaluation is None:
+        if best is None or not best.startswith("eval/"):
+            return self
+        if self.evaluation is None:
             raise ValueError(
                 f"checkpoint.keep_best is {best} but evaluation is null: nothing measures it; name evaluation.data"
+            )
+        # A part of a set, by `evaluation.by`, has a name after a dot.
+        name = best.split("/")[1].partition(".")[0]
+        if name not in self.evaluation.sets:
+            raise ValueError(
+                f"checkpoint.keep_best is {best} but no set that is measured has that name; there is "
+                f"{', '.join(self.evaluation.sets)}"
             )
         return self
 
@@ -278,6 +319,8 @@ class TrainRecipe(Section):
         sizes = {"rollout.group_size": self.rollout.group_size}
         if self.evaluation is not None:
             sizes["evaluation.completions_per_prompt"] = self.evaluation.completions_per_prompt
+            for name, further in self.evaluation.also.items():
+                sizes[f"evaluation.also.{name}.completions_per_prompt"] = further.completions_per_prompt
         for name, size in sizes.items():
             if size > limit:
                 raise ValueError(

@@ -1,10 +1,12 @@
 """One more token for each of many sequences: one row of the chunk step that training evaluates, in Triton.
 
 A sequence keeps, in its slot, the state at the last chunk boundary and the keys and values since. A step appends to the
-latter and multiplies a tile of 64 rows, of which one is the token's: the products of training, so the bits of training.
-Where a chunk is full, a second launch takes it into the state; the device decides, so a step can be in a CUDA graph.
+latter and evaluates `chunk_output` of the forward for one row, transposed: the state and the recent rows are the tall
+operand of a product and the token is its narrow one, so that little is multiplied for nothing. An element's sum runs
+over the same terms in the same order as in training, so it has the bits of training. Where a chunk is full, a second
+launch takes it into the state; the device decides, so a step can be in a CUDA graph.
 
-B sequences, S slots, H heads, C = 64 rows of a chunk, D head dim, V columns of a block, I = 3 H D projections.
+B sequences, S slots, H heads, C = 64 rows of a chunk, D head dim, V columns of a flush's block, I = 3 H D projections.
 """
 
 from dataclasses import replace
@@ -20,7 +22,6 @@ from cispo.kernels.gpu.build import Build
 from cispo.kernels.gpu.lightning_forward import (
     HEAD_DIMS,
     chunk_decays,
-    chunk_output,
     chunk_state,
     decay,
     decay_rate,
@@ -29,6 +30,7 @@ from cispo.kernels.gpu.lightning_forward import (
 )
 
 _CHUNK = tl.constexpr(CHUNK_LENGTH)
+_QUERIES = tl.constexpr(8)
 FLUSH_PARTS = 16
 _FLUSH_PARTS = tl.constexpr(FLUSH_PARTS)
 
@@ -37,49 +39,46 @@ _FLUSH_PARTS = tl.constexpr(FLUSH_PARTS)
 def decode_kernel(
     qkv_BI, out_BJ, slopes_H, slot_B, row_B, state_SHDD, copy_SHDD, k_recent_SHDC, v_recent_SHCD,
     qkv_row, heads,
-    D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_COPY: tl.constexpr, IS_DESCRIBED: tl.constexpr,
+    D: tl.constexpr, HAS_COPY: tl.constexpr, IS_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """copy_SHDD: with IS_DESCRIBED a descriptor of its rows of D, whose tiles come without registers of their own."""
-    program = tl.program_id(0)
-    BLOCKS: tl.constexpr = D // BLOCK_V
-    block = program % BLOCKS
-    head = program // BLOCKS % heads
-    sequence = program // (BLOCKS * heads)
+    head = tl.program_id(0) % heads
+    sequence = tl.program_id(0) // heads
     at = tl.load(row_B + sequence).to(tl.int32)
     place = tl.load(slot_B + sequence) * heads + head
     row = tl.arange(0, _CHUNK)
     dim = tl.arange(0, D)
-    column = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    state_tile = dim[:, None] * D + column[None, :]
-    k_tile = dim[:, None] * _CHUNK + row[None, :]
-    v_tile = row[:, None] * D + column[None, :]
+    state_tile = dim[:, None] * D + dim[None, :]
     if IS_DESCRIBED:
-        state = copy_SHDD.load([(place * D).to(tl.int32), block * BLOCK_V])
+        state = copy_SHDD.load([(place * D).to(tl.int32), 0])
     elif HAS_COPY:
         state = tl.load(copy_SHDD + place * D * D + state_tile)
     else:
-        state = tl.load(state_SHDD + place * D * D + state_tile)
-    # Whole groups of 16 rows, so that loads stay wide; what is not written is discarded after.
+        state = tl.load(state_SHDD + place * D * D + state_tile).to(qkv_BI.dtype.element_ty)
+    # Whole groups of 16 keys, so that loads stay wide: what is not before the token gets no score.
     is_near = row < (at + 15) // 16 * 16
-    k_chunk = tl.load(k_recent_SHDC + place * D * _CHUNK + k_tile, mask=is_near[None, :], other=0.0)
-    v_chunk = tl.load(v_recent_SHCD + place * D * _CHUNK + v_tile, mask=is_near[:, None], other=0.0)
+    k_tile = k_recent_SHDC + place * D * _CHUNK + dim[:, None] * _CHUNK + row[None, :]
+    v_tile = v_recent_SHCD + place * D * _CHUNK + row[:, None] * D + dim[None, :]
+    k_chunk = tl.load(k_tile, mask=is_near[None, :], other=0.0)
+    v_chunk = tl.load(v_tile, mask=(row < at)[:, None], other=0.0)
     token = qkv_BI + sequence.to(tl.int64) * qkv_row + head * 3 * D
     q_token = silu(tl.load(token + dim))
     k_token = silu(tl.load(token + D + dim))
-    v_token = silu(tl.load(token + 2 * D + column))
-    is_token, is_before = row == at, row < at
-    q_chunk = tl.where(is_token[:, None], q_token[None, :], 0.0)
-    k_chunk = tl.where(is_before[None, :], k_chunk, tl.where(is_token[None, :], k_token[:, None], 0.0))
-    v_chunk = tl.where(is_before[:, None], v_chunk, tl.where(is_token[:, None], v_token[None, :], 0.0))
-    # Only this row of M is needed, and of lq: other rows of the tile are zero.
+    v_token = silu(tl.load(token + 2 * D + dim))
+    tl.store(k_recent_SHDC + place * D * _CHUNK + dim * _CHUNK + at, k_token)
+    tl.store(v_recent_SHCD + place * D * _CHUNK + at * D + dim, v_token)
+    is_token = row == at
+    k_chunk = tl.where(is_token[None, :], k_token[:, None], k_chunk)
+    v_chunk = tl.where(is_token[:, None], v_token[None, :], v_chunk)
     rate = decay_rate(tl.load(slopes_H + head))
-    within = tl.where(row <= at, decay(rate, tl.maximum(at - row, 0)), 0.0)[None, :]
-    out = chunk_output(q_chunk, k_chunk, v_chunk, state, within, decay(rate, row + 1))
-    out_tile = (sequence * heads + head) * D + column[None, :] + row[:, None] * 0
-    tl.store(out_BJ + out_tile, out.to(out_BJ.dtype.element_ty), mask=is_token[:, None])
-    if block == 0:
-        tl.store(k_recent_SHDC + place * D * _CHUNK + dim * _CHUNK + at, k_token)
-    tl.store(v_recent_SHCD + place * D * _CHUNK + at * D + column, v_token)
+    within = decay(rate, tl.maximum(at - row, 0))
+    # The token's query is one column of the least that a product has; the others are zero.
+    is_query = (tl.arange(0, _QUERIES) == 0)[None, :]
+    q_columns = tl.where(is_query, q_token[:, None], 0.0)
+    scores = tl.where((row <= at)[:, None], tl.dot(tl.trans(k_chunk), q_columns) * within[:, None], 0.0)
+    out = tl.dot(tl.trans(v_chunk), scores.to(v_chunk.dtype), tl.dot(tl.trans(state), q_columns) * decay(rate, at + 1))
+    out_tile = out_BJ + (sequence * heads + head) * D + dim[:, None] + tl.arange(0, _QUERIES)[None, :]
+    tl.store(out_tile, out.to(out_BJ.dtype.element_ty), mask=is_query)
 
 
 @triton.jit
@@ -108,32 +107,30 @@ def flush_kernel(
                 tl.store(copy_SHDD + state_tile, state.to(copy_SHDD.dtype.element_ty))
 
 
-def _build(name: str, kernel: Any, dim: int, has_copy: bool) -> Build:
+def _build(name: str, kernel: Any, dim: int, has_copy: bool, **more: Any) -> Build:
     nothing = {} if has_copy else {"copy_SHDD": None}
     types = {name: type for name, type in _TYPES.items() if name in kernel.arg_names and name not in nothing}
-    constants = {"D": dim, "BLOCK_V": _BLOCK_V, "HAS_COPY": has_copy, **nothing}
+    constants = {"D": dim, "HAS_COPY": has_copy, **more, **nothing}
     aligned = ("qkv_row",) if "qkv_row" in types else ()
     return Build(f"{name} D={dim}{' copy' if has_copy else ''}", kernel, types, constants, 4, 1, True, aligned)
 
 
 def _decode_build(dim: int, has_copy: bool) -> Build:
-    build = _build("lightning_decode", decode_kernel, dim, has_copy)
-    is_described = has_copy and dim == 128
-    build = replace(build, constants={**build.constants, "IS_DESCRIBED": is_described})
-    if not is_described:
+    build = _build("lightning_decode", decode_kernel, dim, has_copy, IS_DESCRIBED=has_copy)
+    build = replace(build, num_warps=dim // 16)
+    if not has_copy:
         return build
-    types = {**build.types, "copy_SHDD": f"tensordesc<bf16[{dim}, {_BLOCK_V}]>"}
-    # A step waits for memory: with 128 registers four programs lie on a processor, with more only three.
-    return replace(build, types=types, max_registers=128)
+    types = {**build.types, "copy_SHDD": f"tensordesc<bf16[{dim}, {dim}]>"}
+    # A step waits for memory: with 80 registers three programs of heads of 128 lie on a processor, with more only two.
+    return replace(build, types=types, max_registers=80)
 
 
-_BLOCK_V = 64
 _TYPES = dict.fromkeys(("qkv_BI", "out_BJ", "copy_SHDD", "k_recent_SHDC", "v_recent_SHCD"), "*bf16")
 _TYPES |= {"slopes_H": "*fp32", "state_SHDD": "*fp32", "slot_B": "*i64", "row_B": "*i64"}
 _TYPES |= {"qkv_row": "i32", "heads": "i32"}
 _VARIANTS = [(dim, has_copy) for dim in HEAD_DIMS for has_copy in (False, True)]
 _DECODE = {variant: _decode_build(*variant) for variant in _VARIANTS}
-_FLUSH = {variant: _build("lightning_flush", flush_kernel, *variant) for variant in _VARIANTS}
+_FLUSH = {variant: _build("lightning_flush", flush_kernel, *variant, BLOCK_V=64) for variant in _VARIANTS}
 BUILDS = [*_DECODE.values(), *_FLUSH.values()]
 
 
@@ -158,18 +155,17 @@ def decode(
     dim = qkv_BI.shape[1] // (3 * heads)
     step, flush = (builds[dim, copy_SHDD is not None] for builds in (_DECODE, _FLUSH))
     out_BJ = qkv_BI.new_empty(batch, heads * dim)
-    programs = (batch * heads * (dim // step.constants["BLOCK_V"]),)
     copy = () if copy_SHDD is None else (copy_SHDD,)
     described = tuple(map(_rows_of, copy)) if step.constants["IS_DESCRIBED"] else copy
     recent = (k_recent_SHDC, v_recent_SHCD)
     operands = (qkv_BI, out_BJ, slopes_H, slot_B, row_B, state_SHDD, *described, *recent)
-    launch(step, programs, *operands, qkv_BI.stride(0), heads)
+    launch(step, (batch * heads,), *operands, qkv_BI.stride(0), heads)
     flush_programs = (batch * FLUSH_PARTS * (dim // flush.constants["BLOCK_V"]),)
     launch(flush, flush_programs, slopes_H, slot_B, row_B, state_SHDD, *copy, *recent, heads)
     return out_BJ
 
 
 def _rows_of(copy_SHDD: Tensor) -> TensorDescriptor:
-    """The rounded states as the decode kernel reads them: one matrix of S H D rows, in tiles of a head's block."""
+    """The rounded states as the decode kernel reads them: one matrix of S H D rows, in tiles of a head."""
     dim = copy_SHDD.shape[-1]
-    return TensorDescriptor(copy_SHDD, [copy_SHDD.numel() // dim, dim], [dim, 1], [dim, _BLOCK_V])
+    return TensorDescriptor(copy_SHDD, [copy_SHDD.numel() // dim, dim], [dim, 1], [dim, dim])
