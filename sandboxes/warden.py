@@ -157,9 +157,7 @@ def run_program(control: socket.socket, uid: int | None, request: Any, fds: list
 
 
 class Witness:
-    """What kill_witness.py tells of one program. is_wrapped: what we start is bubblewrap, and its first process inside
-    is no part of the program either.
-    """
+    """What kill_witness.py tells of one program. is_wrapped: bubblewrap and its first process are no part of it."""
 
     def __init__(self, is_wrapped: bool) -> None:
         self.testimony = Testimony()
