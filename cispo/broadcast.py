@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cispo.errors import BroadcastError
+from cispo.kernels.digest import Part, digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,19 @@ def pack_weights(version: int, tensors: Mapping[str, Tensor]) -> Weights:
 
 
 def weights_checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, shapes, dtypes and bytes of all tensors, in order of names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        digest.update(_array(tensor).data)
-    return digest.hexdigest()
+    """Of names, shapes, dtypes and bits of all tensors, whatever their order; the bits are read where they lie."""
+    sums_P = digests([Part(tensor) for tensor in tensors.values()])
+    return checksum_of({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, sums_P)
+
+
+def checksum_of(kinds: Mapping[str, tuple[torch.Size, torch.dtype]], sums_P: Tensor) -> str:
+    """The checksum of tensors whose digests are known. kinds: shape and dtype by name, in the order of the digests."""
+    of_name = dict(zip(kinds, sums_P.tolist(), strict=True))
+    hashed = hashlib.blake2b(digest_size=16)
+    for name in sorted(kinds):
+        shape, dtype = kinds[name]
+        hashed.update(f"{name}|{tuple(shape)}|{dtype}|{of_name[name]}|".encode())
+    return hashed.hexdigest()
 
 
 def verify_receipt(worker: str, sent: Proof, version: int, checksum: str) -> None:

@@ -1,0 +1,126 @@
+"""A link: two processes and a way for tensors from the first to the second, whatever other groups they belong to.
+
+NCCL where both have a GPU of their own, gloo on CPUs. The two meet in a TCPStore that a third party may look into: who
+learns that one of them is gone says so there (`declare_lost`), because NCCL itself would wait for it.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cispo.errors import DeadlineError
+
+SENDER, RECEIVER = 0, 1
+_SPIN_S = 0.002
+_NAP_S = 0.001
+_LOOK_S = 0.1
+_GROUP_TIMEOUT = timedelta(hours=24)
+"""Of the group itself. Deadlines are the link's own: that of an NCCL group would end the process."""
+
+
+class LinkLostError(ConnectionError):
+    """The other end of a link is gone; the message names the link and says how that was seen."""
+
+
+class Meeting:
+    """Where ends of links find each other: a TCPStore of one process, that others enter by its address."""
+
+    def __init__(self, store: dist.TCPStore, address: str) -> None:
+        self.store, self.address = store, address
+
+    @classmethod
+    def open(cls, host: str) -> "Meeting":
+        """A meeting in this process, on a free port. host: a name or number by which the others reach this machine."""
+        store = dist.TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
+        return cls(store, f"{host}:{store.port}")
+
+    @classmethod
+    def enter(cls, address: str, timeout_s: float) -> "Meeting":
+        """The meeting that another process has opened."""
+        host, _, port = address.rpartition(":")
+        timeout = timedelta(seconds=timeout_s)
+        store = dist.TCPStore(host, int(port), None, is_master=False, wait_for_workers=False, timeout=timeout)
+        return cls(store, address)
+
+    def declare_lost(self, link: str) -> None:
+        """Tell whoever waits at an end of this link that the other is gone."""
+        self.store.set(f"lost/{link}", "")
+
+    def is_lost(self, link: str) -> bool:
+        return bool(self.store.check([f"lost/{link}"]))
+
+
+class Link:
+    """One end of a link. Both ends are opened at the same time, by two processes that use the same name.
+
+    name: of no other link of the meeting, ever. place: SENDER or RECEIVER. device: of the tensors that go through it,
+    this process's own GPU or the CPU. LinkLostError or DeadlineError where the other does not come within timeout_s.
+    """
+
+    def __init__(self, meeting: Meeting, name: str, place: int, device: torch.device, timeout_s: float) -> None:
+        self.name, self.is_sender = name, place == SENDER
+        self._meeting = meeting
+        meeting.store.set(f"here/{name}/{place}", "")
+        self._wait(lambda: bool(meeting.store.check([f"here/{name}/{1 - place}"])), timeout_s, "the other end to come")
+        self._backend = _open_backend(dist.PrefixStore(f"link/{name}", meeting.store), place, device, timeout_s)
+        self.wait(self.start(torch.zeros(1, device=device)), timeout_s)
+
+    def start(self, tensor: Tensor) -> dist.Work:
+        """Begin to send a contiguous tensor, or to receive one of this size into it; in turn at both ends."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.asyncOp = SENDER, True
+        return self._backend.broadcast([tensor], options)
+
+    def wait(self, work: dist.Work, timeout_s: float) -> None:
+        """Until it has been done; what is launched on the device's current stream afterwards sees it.
+
+        LinkLostError where the other end is gone, DeadlineError after timeout_s.
+        """
+        self._wait(work.is_completed, timeout_s, "tensors to move")
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise LinkLostError(f"link {self.name}: {error}") from error
+
+    def close(self) -> None:
+        """Let go of it, whatever is under way; the other end is not asked."""
+        self._backend.abort()
+
+    def _wait(self, is_done: Callable[[], bool], timeout_s: float, what: str) -> None:
+        # Pieces take some hundred microseconds, less than it takes to sleep and wake.
+        started = looked = time.perf_counter()
+        while not is_done():
+            now = time.perf_counter()
+            if now - looked > _LOOK_S:
+                looked = now
+                if self._meeting.is_lost(self.name):
+                    raise LinkLostError(f"link {self.name}: the other end is gone")
+                if now - started > timeout_s:
+                    raise DeadlineError(f"link {self.name}: waited {timeout_s:g} s for {what}")
+            if now - started > _SPIN_S:
+                time.sleep(_NAP_S)
+
+
+def _open_backend(store: dist.Store, place: int, device: torch.device, timeout_s: float) -> Any:
+    if device.type != "cuda":
+        # The constructor already connects, and waits so long for the other end.
+        return dist.ProcessGroupGloo(store, place, 2, timedelta(seconds=timeout_s))
+    torch.cuda.set_device(device)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = _GROUP_TIMEOUT
+    # Else NCCL's watchdog ends this process when a link to a process that died is closed.
+    name, before = "TORCH_NCCL_ASYNC_ERROR_HANDLING", os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    os.environ[name] = "0"
+    try:
+        return dist.ProcessGroupNCCL(store, place, 2, options)
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
