@@ -253,6 +253,7 @@ class Crew:
         try:
             held = self._wait_for(receipt, f"{member.name} to take weights of version {weights.version}")
         except ActorLostError as lost:
+            self._sampler.count_death("rollout")
             self._say(f"{member.name} died while it took weights ({lost}); another takes its place")
             self._replace_rollout(member)
             return

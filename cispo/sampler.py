@@ -144,6 +144,10 @@ class Sampler:
         self._deaths_by_role.clear()
         return found
 
+    def count_death(self, role: str) -> None:
+        """One that was seen elsewhere."""
+        self._deaths_by_role[role] += 1
+
     @property
     def has_work(self) -> bool:
         """Whether a rollout worker has groups in hand or any are queued."""

@@ -64,7 +64,7 @@ def send_weights(
     buffers = _buffers(piece, device)
     lost: dict[str, str] = {}
     total = filled = turn = 0
-    # What is known to be wanted goes on to the end, so that other ranks can gather it, though nobody listens any more.
+    # To the end, though nobody may listen any more: gathering weights is collective.
     for flat_B in (_bytes(weight) for _, weight in weights):
         total += len(flat_B)
         for part_B in _cut(flat_B, piece, piece - filled):
@@ -113,7 +113,7 @@ def receive_weights(link: Link, module: nn.Module, *, timeout_s: float) -> None:
 def _targets(parameters: Sequence[nn.Parameter]) -> Iterator[Tensor]:
     for parameter in parameters:
         if not parameter.is_contiguous():
-            raise ValueError(f"a weight of shape {tuple(parameter.shape)} is not contiguous; it cannot be received into")
+            raise ValueError(f"nothing can be received into a weight of shape {tuple(parameter.shape)}: not contiguous")
         yield _bytes(parameter)
 
 
@@ -127,7 +127,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _cut(flat_B: Tensor, piece: int, room: int) -> Iterator[Tensor]:
-    """The bytes in parts: the first fills what room is left in a piece, the others are pieces, the last what is left."""
+    """The bytes in parts: first what fills the room that is left in a piece, then pieces, then the rest."""
     yield flat_B[:room]
     yield from (flat_B[start : start + piece] for start in range(room, len(flat_B), piece))
 

@@ -2,8 +2,9 @@
 
     digest(x) = sum_i bits(x_i) m(i) mod 2^64,   m(i) an odd number mixed from i
 
-Integer sums have no rounding, so the digest of a tensor is that of its parts added up, in any order, whoever holds them.
-One flipped bit changes it, and so do two elements that have changed places. It is no defence against who wants to cheat.
+Integer sums have no rounding, so the digest of a tensor is that of its parts added up, in any order, whoever holds
+them. One flipped bit changes it, and so do two elements that have changed places. It is no defence against who wants to
+cheat.
 """
 
 from collections.abc import Sequence

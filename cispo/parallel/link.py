@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from cispo.errors import DeadlineError
 
@@ -31,13 +32,13 @@ class LinkLostError(ConnectionError):
 class Meeting:
     """Where ends of links find each other: a TCPStore of one process, that others enter by its address."""
 
-    def __init__(self, store: dist.TCPStore, address: str) -> None:
+    def __init__(self, store: TCPStore, address: str) -> None:
         self.store, self.address = store, address
 
     @classmethod
     def open(cls, host: str) -> "Meeting":
         """A meeting in this process, on a free port. host: a name or number by which the others reach this machine."""
-        store = dist.TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
+        store = TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
         return cls(store, f"{host}:{store.port}")
 
     @classmethod
@@ -45,7 +46,7 @@ class Meeting:
         """The meeting that another process has opened."""
         host, _, port = address.rpartition(":")
         timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(host, int(port), None, is_master=False, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(host, int(port), None, is_master=False, wait_for_workers=False, timeout=timeout)
         return cls(store, address)
 
     def declare_lost(self, link: str) -> None:
@@ -68,14 +69,15 @@ class Link:
         self._meeting = meeting
         meeting.store.set(f"here/{name}/{place}", "")
         self._wait(lambda: bool(meeting.store.check([f"here/{name}/{1 - place}"])), timeout_s, "the other end to come")
-        self._backend = _open_backend(dist.PrefixStore(f"link/{name}", meeting.store), place, device, timeout_s)
+        self._backend = _open_backend(PrefixStore(f"link/{name}", meeting.store), place, device, timeout_s)
         self.wait(self.start(torch.zeros(1, device=device)), timeout_s)
 
     def start(self, tensor: Tensor) -> dist.Work:
         """Begin to send a contiguous tensor, or to receive one of this size into it; in turn at both ends."""
         options = dist.BroadcastOptions()
         options.rootRank, options.asyncOp = SENDER, True
-        return self._backend.broadcast([tensor], options)
+        work: dist.Work = self._backend.broadcast([tensor], options)
+        return work
 
     def wait(self, work: dist.Work, timeout_s: float) -> None:
         """Until it has been done; what is launched on the device's current stream afterwards sees it.
@@ -107,7 +109,7 @@ class Link:
                 time.sleep(_NAP_S)
 
 
-def _open_backend(store: dist.Store, place: int, device: torch.device, timeout_s: float) -> Any:
+def _open_backend(store: Store, place: int, device: torch.device, timeout_s: float) -> Any:
     if device.type != "cuda":
         # The constructor already connects, and waits so long for the other end.
         return dist.ProcessGroupGloo(store, place, 2, timedelta(seconds=timeout_s))
