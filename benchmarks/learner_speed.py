@@ -4,16 +4,19 @@
 
 The policy is a hybrid of M1's kind with random weights: 2.46 billion parameters, 0.95 of them met by a token, embedding
 and head included; `--size tiny` is for a look on a CPU. With --peer, transformers' MiniMax of the same sizes does the
-same forward and backward in the same process, with SDPA, without gradient checkpointing, and with Liger's kernels where
-that package is installed and has any for it; its batch is halved until it fits.
+same forward and backward in the same process, with SDPA, without gradient checkpointing; its batch is halved until it
+fits. Where liger-kernel is installed, the same once more with its norms and its fused head and loss, put in by hand, as
+it has no patch for MiniMax.
 MFU counts what the model needs (`cispo.model.sizes.training_flops`), the peer's as ours.
 """
 
 import argparse
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from cispo.model.arithmetic import prepare_products
 
@@ -118,19 +121,31 @@ class Theirs:
         with torch.device(ids_BT.device):
             model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation="sdpa")
         self.name, self.model, self.ids_BT = f"transformers {transformers.__version__}", model.train(), ids_BT
-        try:
-            from liger_kernel.transformers import _apply_liger_kernel_to_instance
-            from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-        except ImportError:
-            return
-        if settings.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
-            _apply_liger_kernel_to_instance(model=model)
-            self.name += " + Liger"
+        self._fused_loss: Any = None
+
+    def put_liger_in(self) -> None:
+        """Liger's RMSNorm in place of every norm, and its LM head with cross entropy, which holds no logits."""
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerRMSNorm
+
+        for module in list(self.model.modules()):
+            for name, norm in list(module.named_children()):
+                if type(norm).__name__ == "MiniMaxRMSNorm":
+                    # Not in place: a norm's output is the residual stream too, whose gradient is still needed.
+                    fused = LigerRMSNorm(len(norm.weight), eps=norm.variance_epsilon, in_place=False)
+                    fused.weight = norm.weight
+                    setattr(module, name, fused)
+        self._fused_loss = LigerFusedLinearCrossEntropyLoss()
+        self.name += " and Liger"
 
     def forward_backward(self) -> None:
         self.model.zero_grad()
+        targets_N = self.ids_BT.roll(-1).flatten()
+        if self._fused_loss is not None:
+            hidden_ND = self.model.model(self.ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+            self._fused_loss(self.model.lm_head.weight, hidden_ND, targets_N).backward()
+            return
         logits_NV = self.model(self.ids_BT, use_cache=False).logits.flatten(0, 1).float()
-        torch.nn.functional.cross_entropy(logits_NV, self.ids_BT.roll(-1).flatten()).backward()
+        torch.nn.functional.cross_entropy(logits_NV, targets_N).backward()
 
 
 def _decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
@@ -180,6 +195,17 @@ def _measure(
 
 def _measure_theirs(config: ModelConfig, ids_BT: Tensor, dtype: torch.dtype, rounds: int) -> None:
     theirs = Theirs(config, ids_BT, dtype)
+    _measure_what_fits(theirs, config, dtype, rounds)
+    if not ids_BT.is_cuda or importlib.util.find_spec("liger_kernel") is None:
+        print("| with Liger: needs CUDA and liger-kernel | | | | | |")
+        return
+    theirs.model.zero_grad()
+    theirs.ids_BT = ids_BT
+    theirs.put_liger_in()
+    _measure_what_fits(theirs, config, dtype, rounds)
+
+
+def _measure_what_fits(theirs: Theirs, config: ModelConfig, dtype: torch.dtype, rounds: int) -> None:
     while True:
         try:
             name = f"{theirs.name}: forward, backward"

@@ -18,6 +18,16 @@ HYBRID: dict[str, Any] = {
 """0.68 billion parameters: 16 layers, one of eight softmax attention, 8 experts of width 1408, top 2."""
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "full_attn_alpha_factor": 1.68, "linear_attn_alpha_factor": 1.68, "mlp_alpha_factor": 1.68,
+    "initializer_range": 0.1, "block_size": 64, "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+}  # fmt: skip
+"""2.0 million parameters, for a CPU."""
+SIZES = {"tiny": TINY, "hybrid": HYBRID}
+
+
 def write_minimax(folder: Path, **changes: Any) -> None:
     """A random MiniMax and a tokenizer with a token for every row. changes: to transformers' configuration."""
     import transformers

@@ -29,7 +29,7 @@ prepare_products()
 
 import torch
 import transformers
-from policies import HYBRID, write_minimax
+from policies import SIZES, write_minimax
 
 from cispo.actors import prepare_process
 from cispo.kernels.chunks import CHUNK_LENGTH
@@ -40,13 +40,6 @@ from cispo.model.tokenizer import Tokenizer
 from cispo.rollout.engine import Engine, SamplingSettings
 from cispo.rollout.request import Drawing, GroupRequest
 from cispo.types import Prompt
-
-TINY: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
-    "full_attn_alpha_factor": 1.68, "linear_attn_alpha_factor": 1.68, "mlp_alpha_factor": 1.68,
-    "initializer_range": 0.1, "layer_types": ["linear_attention"] * 3 + ["full_attention"],
-}  # fmt: skip
 
 
 class Ours:
@@ -128,7 +121,7 @@ def timed(work: Any, device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", type=Path, help="a policy folder that transformers loads too")
-    parser.add_argument("--size", choices=["hybrid", "tiny"], default="hybrid")
+    parser.add_argument("--size", choices=list(SIZES), default="hybrid")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--prompt", type=int, default=128)
@@ -142,7 +135,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.policy or Path(scratch)
         if options.policy is None:
-            write_minimax(folder, **(HYBRID if options.size == "hybrid" else TINY))
+            write_minimax(folder, **SIZES[options.size])
         decoder = load_policy(folder, dtype=dtype, device=options.device)
         tokenizer = Tokenizer.load(folder)
         model = None

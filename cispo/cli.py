@@ -60,14 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train a policy by a recipe, in a run folder."""
+    from cispo.memory import refuse_what_cannot_fit
     from cispo.recipe.load import load_train
     from cispo.recipe.show import annotated_yaml, train_plan
 
     loaded = load_train(options.recipe, _overrides(options))
     if options.dry_run:
         print(f"{annotated_yaml(loaded)}\n\n{train_plan(loaded.recipe)}")
+        refuse_what_cannot_fit(loaded.recipe)
         return 0
     from cispo.run_folder import RunFolder
+
+    refuse_what_cannot_fit(loaded.recipe)
 
     path = options.run_dir or Path("runs") / loaded.recipe.name
     use = RunFolder.open_for_resume if options.resume else RunFolder.create

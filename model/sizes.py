@@ -112,16 +112,37 @@ def _product_parameters(config: ModelConfig) -> int:
     return parameters(config).active - vectors
 
 
+def slot_bytes(config: ModelConfig, *, element_bytes: int, has_copy: bool) -> int:
+    """What the lightning layers keep of one sequence: a float32 state a head, and up to a chunk of recent rows.
+
+    element_bytes: of one number of the weights, in which rows are kept. has_copy: the state is kept rounded as well, as
+    the Triton kernels of decode read it.
+    """
+    state = config.head_dim**2 * (STATE_BYTES + element_bytes * has_copy)
+    recent = 2 * CHUNK_LENGTH * config.head_dim * element_bytes
+    return config.mixers.count(LIGHTNING) * config.heads * (state + recent)
+
+
+def page_bytes(config: ModelConfig, *, element_bytes: int) -> int:
+    """What the softmax layers keep of up to 64 tokens of a sequence: keys and values."""
+    return config.mixers.count(SOFTMAX) * 2 * config.key_heads * config.head_dim * CHUNK_LENGTH * element_bytes
+
+
+def cache_bytes(config: ModelConfig, *, capacity: int, max_tokens: int, element_bytes: int, has_copy: bool) -> int:
+    """Of the cache of an engine (`DecodeCache`) with pages for `capacity` sequences at their longest, and the spare."""
+    pages = capacity * -(-max_tokens // CHUNK_LENGTH) + 1
+    per_slot = slot_bytes(config, element_bytes=element_bytes, has_copy=has_copy)
+    return (capacity + 1) * per_slot + pages * page_bytes(config, element_bytes=element_bytes)
+
+
 def state_bytes(config: ModelConfig, length: int, *, key_bytes: int) -> int:
     """What one sequence of this length keeps for decoding: states and up to a chunk of recent rows, and pages of keys.
 
-    key_bytes: bytes of one number of a softmax layer's keys and values.
+    key_bytes: bytes of one number of recent rows and of a softmax layer's keys and values.
     """
-    per_head = config.head_dim**2 + 2 * CHUNK_LENGTH * config.head_dim
-    lightning = config.mixers.count(LIGHTNING) * config.heads * per_head * STATE_BYTES
-    softmax = config.mixers.count(SOFTMAX) * 2 * config.key_heads * config.head_dim * key_bytes
-    pages = -(-length // CHUNK_LENGTH) * CHUNK_LENGTH
-    return lightning + softmax * pages
+    pages = -(-length // CHUNK_LENGTH)
+    per_slot = slot_bytes(config, element_bytes=key_bytes, has_copy=False)
+    return per_slot + pages * page_bytes(config, element_bytes=key_bytes)
 
 
 def softmax_twin(config: ModelConfig) -> ModelConfig:

@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from cispo.errors import RecipeError
+from cispo.memory import count_parameters
 from cispo.recipe import load_sft_recipe, load_train_recipe
 from cispo.recipe.load import load_evaluation, load_train
 from cispo.recipe.schema import TrainRecipe
-from cispo.recipe.show import annotated_yaml, count_parameters, train_plan
+from cispo.recipe.show import annotated_yaml, train_plan
 from cispo.resources import find_recipe, packaged_recipes, resolve_path, resolve_policy
 from cispo.run_folder import resolved_yaml
 

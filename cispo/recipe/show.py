@@ -1,14 +1,12 @@
 """What `--dry-run` prints: every setting with the place it comes from, and what the run will do and need."""
 
 from collections.abc import Iterator
-from math import prod
-from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
-from cispo.model.weight_files import stored_tensors, weight_files
+from cispo.memory import count_parameters, learner_bytes, run_memory, size_text, this_machine
 from cispo.recipe.document import SectionNode, SettingPath
 from cispo.recipe.load import LoadedRecipe
 from cispo.recipe.schema import TrainRecipe
@@ -18,9 +16,6 @@ from cispo.resources import resolve_policy
 from cispo.run_folder import plain_settings
 
 COLUMN = 56
-BYTES = {"float32": 4, "bfloat16": 2}
-MASTER_BYTES = 16
-"""Bytes of the learner for one parameter: float32 master weight, gradient and AdamW's two moments."""
 
 
 def annotated_yaml(loaded: LoadedRecipe[TrainRecipe] | LoadedRecipe[SftRecipe]) -> str:
@@ -29,7 +24,7 @@ def annotated_yaml(loaded: LoadedRecipe[TrainRecipe] | LoadedRecipe[SftRecipe]) 
 
 
 def train_plan(recipe: TrainRecipe) -> str:
-    """What a step does, which actors there are and the memory of weights and optimiser."""
+    """What a step does, which actors there are and the memory that they need at least."""
     rollout, learner = recipe.rollout, recipe.learner
     completions = rollout.prompts_per_step * rollout.group_size
     rows = [
@@ -54,32 +49,30 @@ def sft_plan(recipe: SftRecipe) -> str:
     folder = resolve_policy(recipe.policy.path, base_path=recipe.base_path)
     if recipe.policy.init == "pretrained":
         parameters = count_parameters(folder)
-        rows += [("policy", f"{parameters:,} parameters"), ("memory", _learner_memory(parameters, recipe.policy.dtype))]
+        held = learner_bytes(parameters, recipe.policy.dtype)
+        rows += [("policy", f"{parameters:,} parameters"), ("memory", _learner_memory(held))]
     return _table(rows)
 
 
-def count_parameters(folder: Path) -> int:
-    """Parameters of a policy folder, from the headers of its safetensors files; no weights are read."""
-    return sum(prod(tensor.shape) for file in weight_files(folder) for tensor in stored_tensors(file))
-
-
 def _memory_rows(recipe: TrainRecipe) -> list[tuple[str, str]]:
-    parameters = count_parameters(resolve_policy(recipe.policy.path, base_path=recipe.base_path))
-    copy = parameters * BYTES[recipe.policy.dtype]
+    memory, rollout = run_memory(recipe, this_machine()), recipe.rollout
+    is_shared = memory.placement.colocated
+    weights = "the learner's weights" if is_shared else f"{size_text(memory.engine_weights)} of weights"
+    tokens = rollout.max_prompt_tokens + rollout.max_completion_tokens
+    sequences = f"{rollout.max_concurrent_completions:,} sequences of {tokens:,} tokens"
+    each = f", in each of {rollout.workers}" if rollout.workers > 1 else ""
     rows = [
-        ("policy", f"{parameters:,} parameters in {recipe.policy.dtype}"),
-        ("memory, learner", _learner_memory(parameters, recipe.policy.dtype)),
-        ("memory, rollout", f"{_size(copy)} of weights in each of {recipe.rollout.workers}, and the caches on top"),
+        ("policy", f"{memory.parameters:,} parameters in {recipe.policy.dtype}"),
+        ("memory, learner", _learner_memory(memory.learner)),
+        ("memory, rollout", f"{weights}, {size_text(memory.engine_caches)} of caches for {sequences}{each}"),
     ]
-    if recipe.objective.needs_reference:
-        rows.append(("memory, reference", f"{_size(copy)} of weights"))
+    if memory.reference:
+        rows.append(("memory, reference", f"{size_text(memory.reference)} of weights"))
     return rows
 
 
-def _learner_memory(parameters: int, dtype: str) -> str:
-    compute = parameters * BYTES[dtype] if dtype != "float32" else 0
-    held = _size(parameters * MASTER_BYTES + compute)
-    return f"{held} of weights, gradients and optimiser; activations of one micro batch on top"
+def _learner_memory(held: int) -> str:
+    return f"{size_text(held)} of weights, gradients and optimiser; activations of one micro batch on top"
 
 
 def _evaluations(recipe: TrainRecipe) -> str:
@@ -88,11 +81,6 @@ def _evaluations(recipe: TrainRecipe) -> str:
     every = recipe.evaluation.every_steps
     between = f", and every {every} steps" if every else ""
     return f"{' and '.join(recipe.evaluation.sets)}: before the first step and after the last one{between}"
-
-
-def _size(count: int) -> str:
-    mib = count / 2**20
-    return f"{mib / 1024:,.1f} GiB" if mib >= 1024 else f"{mib:,.1f} MiB"
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
