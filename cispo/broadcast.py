@@ -6,7 +6,7 @@ staleness.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,11 +52,12 @@ class Weights:
         return {name: torch.from_numpy(array.copy()).view(self.dtypes[name]) for name, array in self.arrays.items()}
 
 
-def pack_weights(version: int, tensors: Mapping[str, Tensor]) -> Weights:
-    """Snapshot of the tensors on the host."""
-    arrays = {name: _array(tensor) for name, tensor in tensors.items()}
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    return Weights(version, weights_checksum(tensors), arrays, dtypes)
+def pack_weights(proof: Proof, weights: Iterable[tuple[str, Tensor]]) -> Weights:
+    """Snapshot on the host of weights that come one after the other."""
+    arrays, dtypes = {}, {}
+    for name, tensor in weights:
+        arrays[name], dtypes[name] = _array(tensor), tensor.dtype
+    return Weights(proof.version, proof.checksum, arrays, dtypes)
 
 
 def weights_checksum(tensors: Mapping[str, Tensor]) -> str:

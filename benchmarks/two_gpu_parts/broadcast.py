@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from cispo.broadcast import weights_checksum
-from cispo.parallel.link import RECEIVER, SENDER, Link, Meeting
+from cispo.parallel.link import RECEIVER, SENDER, Link
+from cispo.parallel.meeting import Meeting
 from cispo.weight_stream import piece_bytes, receive_weights, send_weights, weight_sizes
 from two_gpu_parts.common import HYBRID, SMOLLM2, TINY, Row, Setting, new_decoder, on_two_ranks, wait
 

@@ -1,7 +1,7 @@
 """A link: two processes and a way for tensors from the first to the second, whatever other groups they belong to.
 
-NCCL where both have a GPU of their own, gloo on CPUs. The two meet in a TCPStore that a third party may look into: who
-learns that one of them is gone says so there (`declare_lost`), because NCCL itself would wait for it.
+NCCL where both have a GPU of their own, gloo on CPUs. A third process may enter their meeting: if it learns
+that one of them is gone, it says so there (`declare_lost`), because NCCL itself would wait for it.
 """
 
 import os
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import Store
 
 from cispo.errors import DeadlineError
+from cispo.parallel.meeting import Meeting
 
 SENDER, RECEIVER = 0, 1
 _SPIN_S = 0.002
@@ -27,34 +28,6 @@ _GROUP_TIMEOUT = timedelta(hours=24)
 
 class LinkLostError(ConnectionError):
     """The other end of a link is gone; the message names the link and says how that was seen."""
-
-
-class Meeting:
-    """Where ends of links find each other: a TCPStore of one process, that others enter by its address."""
-
-    def __init__(self, store: TCPStore, address: str) -> None:
-        self.store, self.address = store, address
-
-    @classmethod
-    def open(cls, host: str) -> "Meeting":
-        """A meeting in this process, on a free port. host: a name or number by which the others reach this machine."""
-        store = TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
-        return cls(store, f"{host}:{store.port}")
-
-    @classmethod
-    def enter(cls, address: str, timeout_s: float) -> "Meeting":
-        """The meeting that another process has opened."""
-        host, _, port = address.rpartition(":")
-        timeout = timedelta(seconds=timeout_s)
-        store = TCPStore(host, int(port), None, is_master=False, wait_for_workers=False, timeout=timeout)
-        return cls(store, address)
-
-    def declare_lost(self, link: str) -> None:
-        """Tell whoever waits at an end of this link that the other is gone."""
-        self.store.set(f"lost/{link}", "")
-
-    def is_lost(self, link: str) -> bool:
-        return bool(self.store.check([f"lost/{link}"]))
 
 
 class Link:
@@ -69,7 +42,7 @@ class Link:
         self._meeting = meeting
         meeting.store.set(f"here/{name}/{place}", "")
         self._wait(lambda: bool(meeting.store.check([f"here/{name}/{1 - place}"])), timeout_s, "the other end to come")
-        self._backend = _open_backend(PrefixStore(f"link/{name}", meeting.store), place, device, timeout_s)
+        self._backend = _open_backend(meeting.room(f"link/{name}"), place, device, timeout_s)
         self.wait(self.start(torch.zeros(1, device=device)), timeout_s)
 
     def start(self, tensor: Tensor) -> dist.Work:
