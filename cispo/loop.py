@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from cispo.checkpoint import best_step, keep_best, list_checkpoints
@@ -21,6 +22,7 @@ from cispo.data import load_prompts
 from cispo.errors import CispoError, LearnerLostError, RecipeError, RewardError, RunFolderError
 from cispo.evaluation import Evaluation, HeldoutSet, describe_gain, evaluate, load_heldout
 from cispo.group_metrics import add_groups
+from cispo.length_windows import LengthWindows
 from cispo.metrics import StepMetrics, Sum
 from cispo.preflight import check_start
 from cispo.prompt_order import StepPrompts, prompts_of_step
@@ -98,6 +100,9 @@ class _Run:
         self._latest: list[Evaluation] = []
         self._under_way: dict[int, list[GroupRequest]] = {}
         self._lost_after: list[int] = []
+        self._windows: LengthWindows | None = None
+        if recipe.rollout.length_windows is not None:
+            self._windows = LengthWindows(recipe.rollout.length_windows, recipe.rollout.max_completion_tokens)
         self._unsolved: UnsolvedPrompts | None = None
         if recipe.rollout.drop_solved_at is not None:
             self._unsolved = UnsolvedPrompts(
@@ -162,6 +167,8 @@ class _Run:
         if self._unsolved is not None:
             self._unsolved.record(groups)
             metrics.update({"group/left_out_solved": float(self._unsolved.left_out(step))})
+        if self._windows is not None:
+            self._record_lengths(self._windows, groups, metrics)
         if self._evaluates_after(step):
             self._latest = self._evaluate()
             metrics.update(_metrics_of(self._latest))
@@ -202,10 +209,9 @@ class _Run:
         rollout = self.recipe.rollout
         chosen = self._prompts_of(step)
         size, temperature, stream = rollout.group_size, rollout.temperature, f"epoch {chosen.epoch}"
-        return [
-            group_request(prompt, rollout, group_size=size, temperature=temperature, stream=stream)
-            for prompt in chosen.prompts
-        ]
+        request = partial(group_request, rollout=rollout, group_size=size, temperature=temperature, stream=stream)
+        window = None if self._windows is None else self._windows.tokens
+        return [request(prompt, max_new_tokens=window) for prompt in chosen.prompts]
 
     def _prompts_of(self, step: int) -> StepPrompts:
         if self._unsolved is not None:
@@ -235,6 +241,12 @@ class _Run:
         self._restore(self.crew.load(newest))
         self.folder.truncate_after(self.step)
         self.crew.broadcast()
+
+    def _record_lengths(self, windows: LengthWindows, groups: Sequence[ScoredGroup], metrics: StepMetrics) -> None:
+        before = windows.tokens
+        metrics.update(windows.record(groups))
+        if windows.tokens != before:
+            self.views.message(f"completions may have {windows.tokens:,} tokens from now on, after {before:,}")
 
     def _report_failed_rewards(self, step: int, scores: Sequence[Score]) -> None:
         """Say what a reward said. Where all failed nothing is left to learn from, so the run stops as it stands.
@@ -287,14 +299,17 @@ class _Run:
         if best is not None:
             # Before the save, which removes older checkpoints.
             keep_best(path.parent, self.folder.read_metrics(), best)
-        unsolved = {} if self._unsolved is None else {"unsolved": self._unsolved.state_dict()}
-        self.crew.save(path, {"step": self.step} | unsolved)
+        parts = {"unsolved": self._unsolved, "length_windows": self._windows}
+        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        self.crew.save(path, {"step": self.step, **states})
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Take the loop's own state from a checkpoint's."""
         self.step = int(state["step"])
         if self._unsolved is not None:
             self._unsolved.load_state_dict(state.get("unsolved", {}))
+        if self._windows is not None:
+            self._windows.load_state_dict(state.get("length_windows", {}))
 
     def _progress(self, phase: str) -> Callable[[int, int], None]:
         return lambda done, total: self.views.phase(phase, done, total)

@@ -45,7 +45,10 @@ class ToyCrew:
     def submit(self, requests: Sequence[GroupRequest]) -> None: ...
 
     def collect(self, requests: Sequence[GroupRequest], progress: object) -> Collected:
-        groups = [self._group(request.prompt, request.group_size, request.stream) for request in requests]
+        groups = []
+        for request in requests:
+            self._length = request.stops.max_new_tokens or 1
+            groups.append(self._group(request.prompt, request.group_size, request.stream))
         return Collected(groups, {}, {"time_s/rollout": 1.0, "time_s/reward": 1.0})
 
     def sample_and_score(self, requests: Sequence[GroupRequest], progress: object) -> Collected:
@@ -60,9 +63,8 @@ class ToyCrew:
 
     def _group(self, prompt: Prompt, group_size: int, stream: str) -> ScoredGroup:
         weight, version = self._rollout.tolist()
-        turn = Turn(
-            np.array([5], np.int32), np.ones(1, np.bool_), np.zeros(1, np.float32), np.array([version], np.int32)
-        )
+        ids, ones = np.full(self._length, 5, np.int32), np.ones(self._length, np.bool_)
+        turn = Turn(ids, ones, np.zeros(self._length, np.float32), np.full(self._length, version, np.int32))
         text = f"{weight!r} {stream}"
         rollouts = tuple(
             Rollout(prompt.id, i, np.array([1], np.int32), (turn,), StopReason.EOS, f"{text} {i}")
@@ -118,14 +120,26 @@ class SilentViews:
 
 
 def make_recipe(
-    *, steps: int = STEPS, save_every: int = 1, keep: int = 2, keep_best: str | None = None, drop: float | None = None
+    *,
+    steps: int = STEPS,
+    save_every: int = 1,
+    keep: int = 2,
+    keep_best: str | None = None,
+    drop: float | None = None,
+    windows: dict[str, Any] | None = None,
 ) -> TrainRecipe:
     sections = {
         "name": "toy",
         "steps": steps,
         "policy": {"path": "unused"},
         "data": {"path": "unused"},
-        "rollout": {"prompts_per_step": 3, "group_size": 2, "max_completion_tokens": 4, "drop_solved_at": drop},
+        "rollout": {
+            "prompts_per_step": 3,
+            "group_size": 2,
+            "max_completion_tokens": 4,
+            "drop_solved_at": drop,
+            "length_windows": windows,
+        },
         "rewards": [{"name": "length"}],
         "learner": {"learning_rate": 1e-3},
         "evaluation": {"data": {"path": "unused"}, "every_steps": 2, "also": {"further": {"data": {"path": "unused"}}}},
@@ -221,6 +235,23 @@ def test_a_run_that_leaves_solved_prompts_out_and_keeps_its_best_is_the_same_whe
         run(path, recipe, resume=True)
         left = fingerprint(path)
         assert expected.items() <= left.items(), f"killed at place {count}, {places[count - 1]}"
+
+
+def test_windows_that_grow_are_the_same_in_a_run_that_was_killed(tmp_path: Path) -> None:
+    recipe = make_recipe(steps=6, save_every=3, windows={"tokens": [1, 2], "steps": 2})
+    places: list[str] = []
+    said = run(tmp_path / "alone", recipe, kill=kill_at(0, places))
+    expected = fingerprint(tmp_path / "alone")
+    lines = json.loads(expected["metrics"])[1:]
+    assert [line["completion/length_tokens/p99"] for line in lines] == [1, 1, 2, 2, 4, 4]
+    assert [line["completion/window_tokens"] for line in lines] == [1, 2, 2, 4, 4, 4]
+    assert sum("tokens from now on" in line for line in said) == 2
+    for count in range(1, len(places) + 1, 3):
+        path = tmp_path / f"killed_{count}"
+        with pytest.raises(Killed):
+            run(path, recipe, kill=kill_at(count, []))
+        run(path, recipe, resume=True)
+        assert expected.items() <= fingerprint(path).items(), f"killed at place {count}, {places[count - 1]}"
 
 
 def test_a_run_killed_twice_in_the_same_place_is_the_same_run(tmp_path: Path) -> None:

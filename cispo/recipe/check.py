@@ -27,7 +27,7 @@ def train_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     """What `cispo train` would miss, each with the setting that names it."""
     routing = {"routing_replay": recipe.learner.routing_replay} | _router_loss(recipe)
     found = policy_mistakes(recipe.policy.path, recipe.base_path)
-    found = found or _routing_mistakes(recipe, routing) + _expert_mistakes(recipe)
+    found = found or _routing_mistakes(recipe, routing) + _expert_mistakes(recipe) + _length_mistakes(recipe)
     rewards, columns = _reward_mistakes(recipe)
     found += _data_mistakes(("data",), recipe.data, recipe.base_path, columns) or _task_mistakes(recipe)
     if recipe.evaluation is not None:
@@ -118,6 +118,17 @@ def _expert_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     else:
         return []
     return [(("resources", "expert_parallel"), text)]
+
+
+def _length_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
+    """Lengths beyond what the policy was made for, of a folder in which nothing else is amiss."""
+    folder, rollout = resolve_policy(recipe.policy.path, base_path=recipe.base_path), recipe.rollout
+    limit, longest = _read_config(folder / "config.json").max_positions, rollout.max_completion_tokens
+    if rollout.max_prompt_tokens + longest <= limit:
+        return []
+    lengths = f"is {longest} with max_prompt_tokens {rollout.max_prompt_tokens}"
+    text = f"{lengths}, but {folder} was made for {limit} positions; lower one of them"
+    return [(("rollout", "max_completion_tokens"), text)]
 
 
 def _read_config(file: Path) -> ModelConfig:

@@ -4,6 +4,7 @@ Sections that belong to one room are declared beside it and only put together he
 """
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,6 +76,19 @@ class RepetitionSettings(Section):
     """Probability above which a token is almost certain."""
 
 
+class LengthWindowSettings(Section):
+    """Windows that completions of training grow through (cispo/length_windows.py); evaluations have the last."""
+
+    tokens: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    """New tokens that a completion may have, stage by stage, rising; the last stage is `max_completion_tokens`."""
+    steps: int = Field(default=10, ge=2)
+    """Steps whose perplexity is looked at, the newer half against the older."""
+    perplexity_change: float = Field(default=0.02, gt=0, allow_inf_nan=False)
+    """Relative difference between the two halves up to which perplexity has converged."""
+    near: float = Field(default=0.9, gt=0, le=1)
+    """Share of the window that the 99th percentile of lengths must have reached."""
+
+
 class RolloutSettings(Section):
     """How completions are sampled for training."""
 
@@ -106,6 +120,8 @@ class RolloutSettings(Section):
     """Completions that one rollout actor decodes at a time; it bounds memory and changes no result."""
     max_off_policy_steps: int = Field(default=0, ge=0)
     """Training steps that sampling may run ahead of the learner, its weights updated in flight; 0 is synchronous."""
+    length_windows: LengthWindowSettings | None = None
+    """Smaller limits that training begins with, as MiniMax-M1 did; null has `max_completion_tokens` from the start."""
     caches_after_update: Literal["keep", "recompute"] = "keep"
     """What completions under way do when weights change: go on from the states they have, or read all again."""
     drop_solved_at: float | None = Field(default=None, gt=0, le=1)
@@ -135,12 +151,30 @@ class RolloutSettings(Section):
             )
         return value
 
+    @property
+    def least_window_tokens(self) -> int:
+        """New tokens that a completion of training may have at the start of a run."""
+        return self.max_completion_tokens if self.length_windows is None else self.length_windows.tokens[0]
+
+    @model_validator(mode="after")
+    def _windows_rise(self) -> "RolloutSettings":
+        if self.length_windows is not None:
+            windows = [*self.length_windows.tokens, self.max_completion_tokens]
+            if any(later <= earlier for earlier, later in pairwise(windows)):
+                raise ValueError(
+                    f"length_windows.tokens are {list(self.length_windows.tokens)} with max_completion_tokens "
+                    f"{self.max_completion_tokens}, which is the last window; each must be larger than the one before"
+                )
+        return self
+
     @model_validator(mode="after")
     def _budget_leaves_room(self) -> "RolloutSettings":
-        if self.thinking is not None and self.thinking.tokens >= self.max_completion_tokens:
+        least = self.least_window_tokens
+        if self.thinking is not None and self.thinking.tokens >= least:
+            name = "max_completion_tokens" if self.length_windows is None else "the first of length_windows.tokens"
             raise ValueError(
-                f"thinking.tokens is {self.thinking.tokens} with max_completion_tokens {self.max_completion_tokens}: "
-                "nothing would be left for an answer; lower the former or raise the latter"
+                f"thinking.tokens is {self.thinking.tokens} with {name} {least}: nothing would be left for an answer; "
+                "lower the former or raise the latter"
             )
         return self
 

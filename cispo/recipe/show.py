@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from cispo.memory import count_parameters, learner_bytes, run_memory, size_text, this_machine
 from cispo.recipe.document import SectionNode, SettingPath
 from cispo.recipe.load import LoadedRecipe
-from cispo.recipe.schema import TrainRecipe
+from cispo.recipe.schema import RolloutSettings, TrainRecipe
 from cispo.recipe.sft_schema import SftRecipe
 from cispo.recipe.validate import is_written, origin_of
 from cispo.resources import resolve_policy
@@ -30,7 +30,7 @@ def train_plan(recipe: TrainRecipe) -> str:
     rows = [
         ("steps", f"{recipe.steps}"),
         ("a step samples", f"{completions:,} completions ({rollout.prompts_per_step} prompts x {rollout.group_size})"),
-        ("tokens a step", f"at most {completions * rollout.max_completion_tokens:,} in completions"),
+        ("tokens a step", f"at most {completions * rollout.max_completion_tokens:,} in completions{_windows(rollout)}"),
         ("updates a step", f"{learner.updates_per_step}, so {learner.updates_per_step * recipe.steps:,} in the run"),
         ("evaluations", _evaluations(recipe)),
         ("actors", f"{rollout.workers} rollout, {recipe.sandbox.workers} reward, {_learner(recipe)}"),
@@ -83,6 +83,13 @@ def _learner(recipe: TrainRecipe) -> str:
 def _learner_memory(held: int, ranks: int = 1) -> str:
     each = f", {size_text(-(-held // ranks))} in each rank" if ranks > 1 else ""
     return f"{size_text(held)} of weights, gradients and optimiser{each}; activations of one micro batch on top"
+
+
+def _windows(rollout: RolloutSettings) -> str:
+    if rollout.length_windows is None:
+        return ""
+    *earlier, last = (*rollout.length_windows.tokens, rollout.max_completion_tokens)
+    return f"; of each at most {', '.join(f'{tokens:,}' for tokens in earlier)} and then {last:,}"
 
 
 def _evaluations(recipe: TrainRecipe) -> str:

@@ -1,5 +1,7 @@
 """From a recipe to a request: what the settings under `rollout` ask of the engine for one prompt."""
 
+from dataclasses import replace
+
 from cispo.errors import RecipeError
 from cispo.model.tokenizer import Tokenizer
 from cispo.recipe.schema import RolloutSettings
@@ -8,13 +10,21 @@ from cispo.types import Prompt
 
 
 def group_request(
-    prompt: Prompt, rollout: RolloutSettings, *, group_size: int, temperature: float, stream: str
+    prompt: Prompt,
+    rollout: RolloutSettings,
+    *,
+    group_size: int,
+    temperature: float,
+    stream: str,
+    max_new_tokens: int | None = None,
 ) -> GroupRequest:
     """A group of one prompt, drawn from the whole distribution and ended by the recipe's stops.
 
     group_size, temperature: of training or of an evaluation; stream: separates the noise of passes over one prompt.
+    max_new_tokens: of a window below the engine's own limit.
     """
-    return GroupRequest(prompt, group_size, Drawing(temperature), stream, rollout_stops(rollout))
+    stops = replace(rollout_stops(rollout), max_new_tokens=max_new_tokens)
+    return GroupRequest(prompt, group_size, Drawing(temperature), stream, stops)
 
 
 def rollout_stops(rollout: RolloutSettings) -> Stops:
@@ -34,9 +44,9 @@ def refuse_no_room_for_answers(rollout: RolloutSettings, tokenizer: Tokenizer) -
     """
     if rollout.thinking is None:
         return
-    forced, limit = len(tokenizer.encode(rollout.thinking.interruption)), rollout.max_completion_tokens
+    forced, limit = len(tokenizer.encode(rollout.thinking.interruption)), rollout.least_window_tokens
     if rollout.thinking.tokens + forced >= limit:
         raise RecipeError(
             f"rollout.thinking.tokens is {rollout.thinking.tokens}, and the interruption has {forced} tokens: nothing "
-            f"of rollout.max_completion_tokens {limit} is left for an answer; lower the former or raise the latter"
+            f"of a completion's {limit} tokens is left for an answer; lower the former or raise the latter"
         )
