@@ -28,6 +28,10 @@ class SandboxError(CispoError, RuntimeError):
     """The sandbox itself failed or is not available; never the fault of the program under test."""
 
 
+class SandboxLostError(SandboxError):
+    """Somebody outside killed a program, or what watches over it; the message says what. Trying again is of use."""
+
+
 class SandboxClosedError(SandboxError):
     """The sandbox was closed before, so trying again is of no use."""
 

@@ -16,7 +16,7 @@ from contextlib import closing
 from typing import Any
 
 from cispo.checkpoint import best_step, keep_best, list_checkpoints
-from cispo.crew import Crew
+from cispo.crew import Crew, Roles
 from cispo.data import load_prompts
 from cispo.errors import CispoError, LearnerLostError, RecipeError, RewardError, RunFolderError
 from cispo.evaluation import Evaluation, HeldoutSet, describe_gain, evaluate, load_heldout
@@ -41,16 +41,20 @@ LEARNER_DEATHS_AT_A_STEP = 3
 """Times that a learner may die after the same step before the run ends; it will not get beyond it."""
 
 
-def run_training(recipe: TrainRecipe, folder: RunFolder, *, resume: bool) -> None:
-    """Train by the recipe and leave everything in the run folder; `resume` goes on from its newest checkpoint."""
+def run_training(recipe: TrainRecipe, folder: RunFolder, *, resume: bool, roles: Roles | None = None) -> None:
+    """Train by the recipe and leave everything in the run folder; `resume` goes on from its newest checkpoint.
+
+    roles: the classes of the actors, for who watches or hinders them.
+    """
     policy_path = resolve_policy(recipe.policy.path, base_path=recipe.base_path)
     prompts = load_prompts(recipe.data, base_path=recipe.base_path)
     heldout = load_heldout(recipe.evaluation, base_path=recipe.base_path)
     check_start(recipe, policy_path, prompts, heldout)
+    roles = roles or Roles()
     with (
         ray_session(recipe.ray),
         _views(recipe, folder) as views,
-        closing(Crew(recipe, policy_path, cores=_cores(), with_learner=True, say=views.message)) as crew,
+        closing(Crew(recipe, policy_path, cores=_cores(), with_learner=True, say=views.message, roles=roles)) as crew,
     ):
         _report_arithmetic(crew, views)
         run = _Run(recipe, folder, crew, views, prompts, heldout)

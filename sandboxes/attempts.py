@@ -1,10 +1,10 @@
-"""Running a program for a judge: a sandbox that fails is tried again, a program that was shot by mistake too."""
+"""Running a program for a judge: a sandbox that fails is tried again, a program that others killed too."""
 
-import signal
 import time
 from collections.abc import Mapping, Sequence
 
-from cispo.errors import SandboxClosedError, SandboxError
+from cispo.errors import SandboxClosedError, SandboxError, SandboxLostError
+from cispo.sandboxes.kill_witness import DEADLY_EXIT_CODES
 from cispo.sandboxes.types import (
     NO_FILES,
     ExecResult,
@@ -22,9 +22,12 @@ RETRY_PAUSES_S = (0.05, 0.2, 1.0, 3.0, 8.0)
 IMPATIENT_PAUSES_S = (0.2,)
 # Attempts begin no later than this; one that waits for a core in vain is slow by itself.
 RETRY_TIME_S = 120.0
-# Signals by which processes end each other, as exit codes: a program does not come by them through its own mistakes.
-KILLED_EXIT_CODES = frozenset(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM))
-KILLED_RUNS = 8
+# A program that somebody outside killed is run again at once, so often; where the sandbox cannot tell who killed it,
+# a program that is killed each time has done it itself. On a machine that kills half of all programs, one in ten
+# million is given up.
+LOST_RUNS = 24
+LOST_TIME_S = 600.0
+LOST_PAUSE_S = 0.05
 
 # How the end of the whole program reads as the status of the test that was running.
 END_STATUS = {
@@ -60,10 +63,11 @@ def run_patiently(
         attempts += 1
         try:
             return _run(sandbox, argv, stdin, files, limits)
+        except (SandboxClosedError, SandboxLostError) as error:
+            message = str(error)
+            break
         except SandboxError as error:
             message = str(error)
-            if isinstance(error, SandboxClosedError):
-                break
     elapsed_s = time.monotonic() - started
     raise FailedAttemptsError(f"the sandbox failed (attempts: {attempts}, in {elapsed_s:.0f} s): {message}")
 
@@ -71,16 +75,25 @@ def run_patiently(
 def _run(
     sandbox: Sandbox, argv: Sequence[str], stdin: bytes, files: Mapping[str, bytes], limits: Limits
 ) -> ExecResult:
-    """Run a program; one that was killed though it met no limit is run again, since the shot may have been a stray one.
+    """Run a program until nobody outside kills it; SandboxLostError when it was killed to the last.
 
-    The kernel kills for others' want of memory, and who kills by a process number may hit whoever has it by then; on a
-    busy machine numbers come round within seconds. Who kills itself does so every time, and that is then its result.
+    The kernel kills for others' want of memory, and who kills by a process number may hit whoever has it by then. A
+    program that contrives to be killed in a way that tells nothing of itself (kill_witness.py) gets no verdict.
     """
-    for _ in range(KILLED_RUNS - 1):
-        result = sandbox.run(argv, stdin=stdin, files=files, limits=limits)
-        if result.status is not ExecStatus.RUNTIME_ERROR or result.exit_code not in KILLED_EXIT_CODES:
-            return result
-    return sandbox.run(argv, stdin=stdin, files=files, limits=limits)
+    started = time.monotonic()
+    for runs_left in reversed(range(LOST_RUNS)):
+        is_last = not runs_left or time.monotonic() - started > LOST_TIME_S
+        try:
+            result = sandbox.run(argv, stdin=stdin, files=files, limits=limits)
+        except SandboxLostError as error:
+            if is_last:
+                raise SandboxLostError(f"killed {LOST_RUNS - runs_left} times in a row, at last: {error}") from error
+        else:
+            was_killed = result.status is ExecStatus.RUNTIME_ERROR and result.exit_code in DEADLY_EXIT_CODES
+            if is_last or not was_killed or sandbox.capabilities().knows_killers:
+                return result
+        time.sleep(LOST_PAUSE_S)
+    raise AssertionError("the last run returns or raises")
 
 
 def unknown_verdict(error: FailedAttemptsError, total: int) -> Verdict:

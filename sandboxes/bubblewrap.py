@@ -22,8 +22,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cispo.errors import SandboxError
+from cispo.errors import SandboxError, SandboxLostError
 from cispo.sandboxes.bounds import resource_limits
+from cispo.sandboxes.kill_witness import DEADLY_EXIT_CODES
 from cispo.sandboxes.seccomp import seccomp_filter
 from cispo.sandboxes.session import SERVER_SOURCE
 from cispo.sandboxes.slotted import SlottedSandbox, conclude
@@ -54,6 +55,7 @@ class BubblewrapSandbox(SlottedSandbox):
         self._bwrap = find_bubblewrap()
         self._seccomp = seccomp_filter()
         self._root: list[str] = root_arguments()
+        self._knows_killers = False
         try:
             self._python, self._python_version = self._choose_python()
             self._capabilities = self._find_capabilities()
@@ -66,8 +68,25 @@ class BubblewrapSandbox(SlottedSandbox):
 
     def _run_in(
         self, supervisor: Supervisor, argv: Sequence[str], stdin: bytes, files: Mapping[str, bytes], limits: Limits
-    ) -> ExecResult:
-        return _result(supervisor.run(self._job(supervisor, argv, stdin, files, limits)), limits)
+    ) -> Ended:
+        return supervisor.run(self._job(supervisor, argv, stdin, files, limits))
+
+    def _result(self, ended: Ended, limits: Limits) -> ExecResult:
+        """bwrap reports an exit code only for a program that it did start."""
+        self._knows_killers = ended.testimony.is_available
+        exit_code = read_reports(bytes(ended.report)).get("exit-code")
+        if ended.stopped is None and not ended.was_out_of_memory:
+            if ended.exit_code < 0:
+                raise SandboxLostError(f"somebody outside of the sandbox killed bubblewrap (signal {-ended.exit_code})")
+            if exit_code is None:
+                message = ended.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+                raise SandboxError(
+                    f"bubblewrap could not set the sandbox up (exit code {ended.exit_code}): {message[0]}"
+                )
+            seen = ended.testimony
+            if exit_code in DEADLY_EXIT_CODES and seen.is_available and not seen.has_first_outlived:
+                raise SandboxLostError("somebody outside of the sandbox killed its first process")
+        return conclude(ended, 137 if exit_code is None else exit_code, limits)
 
     def _session_job(self, supervisor: Supervisor, limits: Limits) -> Job:
         argv = [self._python, "-S", "-s", "-c", SERVER_SOURCE]
@@ -94,7 +113,8 @@ class BubblewrapSandbox(SlottedSandbox):
         rlimits = [item for item in resource_limits(limits) if not is_session or item[0] != resource.RLIMIT_CPU]
         if supervisor.slot.uid is not None:
             rlimits.append((resource.RLIMIT_NPROC, (limits.pids + OVERHEAD_PIDS,) * 2))
-        return Job([self._bwrap, *arguments], ENVIRONMENT, "/", limits, rlimits, stdin, inputs)
+        wrapped = None if is_session else True  # session_server.py is a witness itself, and there can be only one
+        return Job([self._bwrap, *arguments], ENVIRONMENT, "/", limits, rlimits, stdin, inputs, wrapped)
 
     def _isolation(self, limits: Limits) -> list[str]:
         seccomp = [] if self._seccomp is None else ["--seccomp", str(FIRST_INPUT_FD)]
@@ -151,6 +171,7 @@ class BubblewrapSandbox(SlottedSandbox):
             memory_total=groups is not None and groups.memory is not None,
             pids_total=has_uid or PRLIMIT.exists() or (groups is not None and groups.pids is not None),
             separate_user=has_uid,
+            knows_killers=self._knows_killers,
             python=self._python,
             python_version=self._python_version,
         )
@@ -187,12 +208,3 @@ def python_candidates() -> list[tuple[str, list[str]]]:
     binds = [] if is_visible else ["--ro-bind", sys.base_prefix, sys.base_prefix]
     candidates: list[tuple[str, list[str]]] = [("/usr/bin/python3", []), (ours, binds)]
     return [candidate for candidate in candidates if Path(candidate[0]).exists()]
-
-
-def _result(ended: Ended, limits: Limits) -> ExecResult:
-    """bwrap reports an exit code only for a program that it did start."""
-    exit_code = read_reports(bytes(ended.report)).get("exit-code")
-    if exit_code is None and ended.stopped is None and not ended.was_out_of_memory:
-        message = ended.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        raise SandboxError(f"bubblewrap could not set the sandbox up (exit code {ended.exit_code}): {message[0]}")
-    return conclude(ended, 137 if exit_code is None else exit_code, limits)

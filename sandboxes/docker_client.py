@@ -1,7 +1,6 @@
 """The connection to a Docker daemon, and the reaper of containers whose owner is gone."""
 
 import contextlib
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from cispo.sandboxes.types import Limits
 DEFAULT_IMAGE = "cispo-sandbox"
 OWNER_LABEL = "cispo.sandbox.owner"
 USER_ID = 65534
-# The container's init, and the program that starts another.
-OVERHEAD_PIDS = 2
+# The first process of the container.
+OVERHEAD_PIDS = 1
 
 
 def connect() -> Any:
@@ -79,20 +78,14 @@ def image_id(client: Any, name: str) -> str:
 
 
 def create_container(
-    client: Any, image: str, command: list[str], environment: dict[str, str], limits: Limits, *, runtime: str | None,
-    is_session: bool = False,
-) -> Any:  # fmt: skip
-    """A container that is not started yet, closed to all but its stdin and its two folders in memory.
-
-    The program of a session is process 1 itself, and has no limit of its own on CPU seconds.
-    """
+    client: Any, image: str, command: list[str], environment: dict[str, str], limits: Limits, *, runtime: str | None
+) -> Any:
+    """A container that is not started yet, closed to all but its stdin and its two folders in memory."""
     from docker.types import LogConfig, Ulimit
 
     file_bytes = limits.files_mib << 20
     folder = f"rw,exec,nosuid,nodev,size={limits.files_mib}m,mode=0700,uid={USER_ID},gid={USER_ID}"
-    ceilings = {"nofile": MAX_OPEN_FILES, "fsize": file_bytes, "core": 0, "cpu": math.ceil(limits.cpu_s) + 1}
-    if is_session:
-        del ceilings["cpu"]
+    ceilings = {"nofile": MAX_OPEN_FILES, "fsize": file_bytes, "core": 0}
     return client.containers.create(
         image,
         command,
@@ -112,7 +105,6 @@ def create_container(
         memswap_limit=f"{limits.memory_mib}m",
         ulimits=[Ulimit(name=name, soft=value, hard=value) for name, value in ceilings.items()],
         log_config=LogConfig(type=LogConfig.types.NONE),
-        init=not is_session,
         stdin_open=True,
         runtime=runtime,
     )

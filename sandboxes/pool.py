@@ -3,7 +3,8 @@
 One thread an actor hands it one job at a time, so a job's deadline counts from the start of its execution and not from
 its place in the queue. The queue is bounded: `submit` waits while it is full. What the sandboxes or the pool get wrong
 (an actor killed, a deadline passed, SandboxError, a verdict sandbox_error) is tried again on whichever actor is free
-next; what else a job raises or returns is its result. An actor that is lost is replaced.
+next; what else a job raises or returns is its result. An actor that is lost is replaced. Kills from outside, of the
+actor or of what a job had in its sandbox, are counted apart and may be many more than failures.
 """
 
 import os
@@ -17,13 +18,14 @@ from typing import Any, Self
 
 import ray
 
-from cispo.errors import SandboxClosedError, SandboxError
+from cispo.errors import SandboxClosedError, SandboxError, SandboxLostError
 from cispo.sandboxes.backends import open_sandbox
 from cispo.sandboxes.bounded_queue import BoundedQueue
 from cispo.sandboxes.pool_metrics import PoolCounts, PoolMetrics
 from cispo.sandboxes.types import Verdict, VerdictStatus
 
 ATTEMPTS = 4
+LOST_ATTEMPTS = 16
 START_ATTEMPTS = 3
 START_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 60.0
@@ -53,7 +55,8 @@ class Job:
     named: dict[str, Any]
     deadline_s: float
     future: "Future[Any]" = field(default_factory=Future)
-    attempts: int = 0
+    failures: int = 0
+    losses: int = 0
 
 
 class SandboxPool:
@@ -99,8 +102,8 @@ class SandboxPool:
     ) -> "Future[Any]":
         """Call `function(sandbox, *args, **named)`, such as a judge, in an actor; waits while the queue is full.
 
-        The future raises what the function raises; SandboxError when ATTEMPTS were lost. SandboxClosedError when the
-        pool is closed.
+        The future raises what the function raises; SandboxError when ATTEMPTS failed, SandboxLostError when
+        LOST_ATTEMPTS were killed from outside. SandboxClosedError when the pool is closed.
         """
         job = Job(function, args, named, deadline_s or self._deadline_s)
         if not self._jobs.put(job):
@@ -141,7 +144,6 @@ class SandboxPool:
 
     def _execute(self, index: int, job: Job) -> bool:
         """Whether the actor can go on."""
-        job.attempts += 1
         started = time.monotonic()
         try:
             actor = self.actors[index]
@@ -149,32 +151,35 @@ class SandboxPool:
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if isinstance(cause, SandboxError):
-                self._lose(job, str(cause))
+                self._lose(job, str(cause), is_loss=isinstance(cause, SandboxLostError))
             else:
                 job.future.set_exception(cause)
         except ray.exceptions.GetTimeoutError:
             self._lose(job, f"it did not end within {job.deadline_s:g} s", is_timeout=True)
             return False
         except ray.exceptions.RayError as error:
-            self._lose(job, str(error))
+            self._lose(job, str(error), is_loss=True)
             return False
         except Exception as error:  # the job cannot be pickled: its owner must hear of it
             job.future.set_exception(error)
         else:
             is_unknown = isinstance(result, Verdict) and result.status is VerdictStatus.SANDBOX_ERROR
-            if is_unknown and job.attempts < ATTEMPTS:
+            if is_unknown and job.failures < ATTEMPTS - 1:
                 self._lose(job, result.message)
             else:
                 self._metrics.add_execution(time.monotonic() - started)
                 job.future.set_result(result)
         return True
 
-    def _lose(self, job: Job, reason: str, *, is_timeout: bool = False) -> None:
+    def _lose(self, job: Job, reason: str, *, is_timeout: bool = False, is_loss: bool = False) -> None:
         self._metrics.add_error(is_timeout)
-        if job.attempts < ATTEMPTS:
+        job.losses, job.failures = job.losses + is_loss, job.failures + (not is_loss)
+        if job.losses < LOST_ATTEMPTS and job.failures < ATTEMPTS:
             self._jobs.put_back(job)
         else:
-            job.future.set_exception(SandboxError(f"a job was lost {job.attempts} times, at last: {reason[:200]}"))
+            error = SandboxLostError if is_loss else SandboxError
+            count = job.losses + job.failures
+            job.future.set_exception(error(f"a job was lost {count} times, at last: {reason[:200]}"))
 
     def _replace(self, index: int) -> None:
         """Nobody can stop what an actor does but by ending it; SandboxError where no other can be started."""

@@ -16,13 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from cispo.errors import SandboxClosedError, SandboxError
-from cispo.sandboxes import session_server
+from cispo.errors import SandboxClosedError, SandboxError, SandboxLostError
+from cispo.sandboxes import kill_witness, session_server
 from cispo.sandboxes.bounds import check_files, signal_of
 from cispo.sandboxes.told import told_limit
 from cispo.sandboxes.types import NO_FILES, ExecResult, ExecStatus, Limits
 
-SERVER_SOURCE = Path(session_server.__file__).read_text(encoding="utf-8")
+SERVER_SOURCE = "".join(
+    Path(file).read_text(encoding="utf-8") for file in (kill_witness.__file__, session_server.__file__)
+)
 START_TIMEOUT_S = 60.0
 # A reply is late when it comes so much after the command's time by the clock: the machine may be busy.
 REPLY_GRACE_S = 30.0
@@ -52,7 +54,7 @@ class SocketChannel:
         try:
             self._connection.sendall(data)
         except OSError as error:
-            raise SandboxError(f"a session's sandbox has ended ({error})") from error
+            raise SandboxLostError(f"somebody outside killed a session's sandbox ({error})") from error
 
     def receive(self, deadline: float) -> bytes:
         self._connection.settimeout(max(0.001, deadline - time.monotonic()))
@@ -61,7 +63,7 @@ class SocketChannel:
         except OSError as error:
             raise SandboxError(f"a session's sandbox does not answer ({error})") from error
         if not data:
-            raise SandboxError("a session's sandbox has ended")
+            raise SandboxLostError("somebody outside killed a session's sandbox")
         return data
 
     def close(self) -> None:
@@ -83,6 +85,8 @@ class Session:
         """is_memory_bounded: by the kernel, for all processes together; else their sum is looked at every 50 ms.
         was_out_of_memory: whether the kernel has killed for the session's memory since it was asked last.
         end: gives back what the session holds.
+
+        knows_killers: as in Capabilities, as the last command was seen. is_idle: the last reply came whole.
         """
         self._is_memory_bounded = is_memory_bounded
         self._channel = channel
@@ -92,6 +96,7 @@ class Session:
         self._pending = bytearray()
         self._lock = threading.Lock()
         self._is_closed = False
+        self.knows_killers = self.is_idle = False
 
     def begin(self, files: Mapping[str, bytes]) -> None:
         """Wait until the sandbox is there, and write files; the session is closed when that does not succeed."""
@@ -115,8 +120,9 @@ class Session:
         """Run one command in the folder /task, after writing `files` there. An empty `argv` only writes.
 
         Of `limits` (by default the session's) count wall_s, by the clock, cpu_s and output_kib; memory, processes and
-        files are bounded for the session as a whole. Raises SandboxError when the sandbox fails; the session is then
-        closed. ValueError when a file name leaves the folder.
+        files are bounded for the session as a whole. Raises SandboxError when the sandbox fails, SandboxLostError when
+        somebody outside killed it or the command; the session is then closed. ValueError when a file name leaves the
+        folder.
         """
         limits = limits or self._limits
         check_files(files, self._limits)
@@ -124,12 +130,14 @@ class Session:
         with self._lock:
             if self._is_closed:
                 raise SandboxClosedError("the session is closed; open another")
-            started = time.monotonic()
+            started, self.is_idle = time.monotonic(), False
             try:
                 self._channel.send(b"%d\n" % len(request) + request)
                 header = self._read_header(started + limits.wall_s + REPLY_GRACE_S)
+                self.knows_killers = bool(header.get("knows_killers"))
                 sizes = [_size_in(header, name, limits) for name in ("stdout", "stderr")]
                 stdout, stderr = (self._read(size, time.monotonic() + REPLY_GRACE_S) for size in sizes)
+                self.is_idle = True
             except SandboxError:
                 was_out_of_memory = self._was_out_of_memory()
                 self._close()
@@ -139,6 +147,9 @@ class Session:
                 raise
             try:
                 return _result(header, stdout, stderr, self._was_out_of_memory())
+            except SandboxLostError:
+                self._close()
+                raise
             except (KeyError, TypeError, ValueError) as error:
                 self._close()
                 raise SandboxError("a session's sandbox answers with something else than a reply") from error
@@ -201,6 +212,8 @@ def _size_in(header: Mapping[str, Any], name: str, limits: Limits) -> int:
 def _result(header: Mapping[str, Any], stdout: bytes, stderr: bytes, was_out_of_memory: bool) -> ExecResult:
     stopped, exit_code = str(header["stopped"]), int(header["exit_code"])
     was_out_of_memory = was_out_of_memory or bool(header["was_out_of_memory"])
+    if header["was_killed"] and not stopped and not was_out_of_memory:
+        raise SandboxLostError(f"somebody outside of the sandbox killed the command (signal {exit_code - 128})")
     if stopped:
         status = ExecStatus(stopped)
     elif exit_code == 0:

@@ -1,8 +1,9 @@
 """The first program of a session's sandbox: runs one command after the other, each with limits of its own.
 
-A script like driver.py (standard library alone, Python 3.9 or later). It is process 1 of the sandbox, which protects it
-from the commands, though they have its user id: they cannot kill it, and as it is not dumpable they can neither read
-its memory nor use its descriptors. It also makes an end of each command simple: what process 1 kills is all there is.
+A script like driver.py (standard library alone, Python 3.9 or later), run behind the text of kill_witness.py. It is
+process 1 of the sandbox, which protects it from the commands, though they have its user id: they cannot kill it, and as
+it is not dumpable they can neither read its memory nor use its descriptors. It also makes an end of each command
+simple: what process 1 kills is all there is.
 
 A request on descriptor 0 is a line with a length, then marshalled (argv, files, stdin, limits). The reply on 1 is one
 line of JSON, which says how much of stdout and stderr follows it. Without argv a request only writes files.
@@ -22,6 +23,8 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
+
+    from cispo.sandboxes.kill_witness import DEADLY_SIGNALS, Testimony
 
 TICK_S = 0.05
 READ_BYTES = 1 << 16
@@ -61,6 +64,7 @@ def own_descriptors() -> "tuple[int, int, int]":
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *rest: None)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own handler would let a command interrupt process 1
     return requests, replies, wakes
 
 
@@ -75,6 +79,8 @@ class Command:
         self.output = (bytearray(), bytearray())
         self.summary: dict[str, Any] = {}
         self.stopped = ""
+        self.testimony = Testimony()
+        self.has_own_doing = False
 
     def run(self, wakes: int) -> None:
         started, cpu_s_before, kills_before = time.monotonic(), reaped_cpu_s(), oom_kills()
@@ -89,6 +95,7 @@ class Command:
         streams = {pipes[0][0]: self.output[0], pipes[1][0]: self.output[1]}
         wait_status = self.watch(pid, in_write, streams, wakes, started, cpu_s_before)
         end_all()
+        self.testimony.close()
         for fd, target in streams.items():
             while not self.take(fd, target):
                 pass
@@ -101,6 +108,8 @@ class Command:
             "stopped": self.stopped,
             "exit_code": exit_code if exit_code >= 0 else 128 - exit_code,
             "was_out_of_memory": oom_kills() > kills_before,
+            "knows_killers": self.testimony.is_available,
+            "was_killed": -exit_code in DEADLY_SIGNALS and self.testimony.is_available and not self.has_own_doing,
             "wall_s": time.monotonic() - started,
             "cpu_s": cpu_s,
         }
@@ -113,11 +122,19 @@ class Command:
         for fd in (*streams, wakes):
             poll.register(fd, select.POLLIN)
         poll.register(stdin, select.POLLOUT)
+        if self.testimony.listen():
+            poll.register(self.testimony, select.POLLIN)
         open_fds, wait_status, next_look = {*streams, stdin}, None, started + TICK_S
         while wait_status is None and not self.stopped:
-            for fd, _ in poll.poll(max(0.0, next_look - time.monotonic()) * 1000):
+            for fd, events in poll.poll(max(0.0, next_look - time.monotonic()) * 1000):
                 if fd == wakes:
                     os.read(wakes, READ_BYTES)
+                elif fd == self.testimony.fileno():
+                    if not events & select.POLLIN:  # nobody is under its filter any more
+                        poll.unregister(fd)
+                    elif self.testimony.next_caller() is not None:
+                        self.has_own_doing = True
+                        self.testimony.let_go()
                 elif fd == stdin:
                     if self.feed(stdin):
                         poll.unregister(stdin)
@@ -165,7 +182,7 @@ class Command:
             os.setsid()
             for number, fd in enumerate(fds):
                 os.dup2(fd, number)
-            for number in (signal.SIGCHLD, signal.SIGPIPE):
+            for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT, signal.SIGXFSZ):
                 signal.signal(number, signal.SIG_DFL)
             ceiling_s = int(self.limits["cpu_s"]) + 2  # of each process, for when nobody watches
             resource.setrlimit(resource.RLIMIT_CPU, (ceiling_s, ceiling_s))
@@ -178,6 +195,7 @@ class Command:
                 os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
                 with open(name, "wb") as file:
                     file.write(content)
+            self.testimony.begin()
             if self.argv:
                 os.execvp(self.argv[0], self.argv)
             os._exit(0)

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from cispo.errors import SandboxClosedError, SandboxError, UnsupportedError
+from cispo.errors import SandboxClosedError, SandboxError, SandboxLostError, UnsupportedError
 from cispo.sandboxes.bounds import check_files, signal_of
+from cispo.sandboxes.kill_witness import DEADLY_EXIT_CODES
 from cispo.sandboxes.session import Session, SocketChannel
 from cispo.sandboxes.supervisor import Ended, Job, Supervisor
 from cispo.sandboxes.told import told_limit
@@ -40,7 +41,10 @@ class SlottedSandbox(ABC):
     @abstractmethod
     def _run_in(
         self, supervisor: Supervisor, argv: Sequence[str], stdin: bytes, files: Mapping[str, bytes], limits: Limits
-    ) -> ExecResult: ...
+    ) -> Ended: ...
+
+    @abstractmethod
+    def _result(self, ended: Ended, limits: Limits) -> ExecResult: ...
 
     def run(
         self,
@@ -60,7 +64,7 @@ class SlottedSandbox(ABC):
                 raise SandboxClosedError("the sandbox is closed; open another")
             if supervisor is None:
                 supervisor = Supervisor(self._next_index(), own_user=self._own_user)
-            result = self._run_in(supervisor, argv, stdin, files, limits)
+            ended = self._run_in(supervisor, argv, stdin, files, limits)
         except BaseException as error:
             if supervisor is not None:
                 supervisor.close()
@@ -69,7 +73,7 @@ class SlottedSandbox(ABC):
                 raise SandboxError(f"the machine refused what a sandbox needs: {error}") from error
             raise
         self._idle.put(supervisor)
-        return result
+        return self._result(ended, limits)
 
     def session(self, *, files: Mapping[str, bytes] = NO_FILES, limits: Limits = DEFAULT_LIMITS) -> Session:
         """See Sandbox.session. Sessions have slots of their own, beside those of `workers`."""
@@ -167,7 +171,11 @@ class SlottedSandbox(ABC):
 
 
 def conclude(ended: Ended, exit_code: int, limits: Limits) -> ExecResult:
-    """`exit_code` is the program's own, as a shell reports it."""
+    """`exit_code` is the program's own, as a shell reports it. SandboxLostError where somebody outside killed it."""
+    testimony = ended.testimony
+    is_explained = ended.stopped is not None or ended.was_out_of_memory or ended.cpu_s >= limits.cpu_s
+    if exit_code in DEADLY_EXIT_CODES and testimony.is_available and not (is_explained or testimony.has_own_doing):
+        raise SandboxLostError(f"somebody outside of the sandbox killed the program (signal {exit_code - 128})")
     return ExecResult(
         status=_status(ended, exit_code, limits),
         exit_code=None if ended.stopped else exit_code,

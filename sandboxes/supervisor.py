@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cispo.errors import SandboxError
+from cispo.errors import SandboxError, SandboxLostError
 from cispo.sandboxes import warden
 from cispo.sandboxes.cgroups import Cgroup, open_cgroup
 from cispo.sandboxes.process_tree import TreeUsage, tree_usage
@@ -46,6 +46,7 @@ class Job:
     """One program for a warden: what to execute, and the contents of its descriptors.
 
     inputs: contents of the read-only descriptors from 4 on; 0 is stdin, 1 and 2 are output, and 3 is for reports.
+    wrapped: what is executed is bubblewrap, which starts the program. For the witness; None goes without.
     """
 
     argv: Sequence[str]
@@ -55,16 +56,31 @@ class Job:
     rlimits: Sequence[tuple[int, tuple[int, int]]]
     stdin: bytes = b""
     inputs: Sequence[bytes] = ()
+    wrapped: bool | None = False
+
+
+@dataclass(frozen=True)
+class Testimony:
+    """What was seen of a program's own doing (kill_witness.py).
+
+    is_available: anything was to be seen. has_own_doing: by its own doing a process of it may have been killed.
+    has_first_outlived: bubblewrap's first process inside was there when the program had died of a signal.
+    """
+
+    is_available: bool = False
+    has_own_doing: bool = False
+    has_first_outlived: bool = False
 
 
 @dataclass
 class Ended:
     """What is left of a program. `stopped` says why the supervisor ended it, None when it ended by itself.
 
-    report: what was written to descriptor 3.
+    exit_code: negative for a signal. report: what was written to descriptor 3.
     """
 
     exit_code: int = 0
+    testimony: Testimony = Testimony()
     cpu_s: float = 0.0
     wall_s: float = 0.0
     stopped: ExecStatus | None = None
@@ -117,8 +133,7 @@ class Supervisor:
                 selector.register(read_fd, selectors.EVENT_READ, target)
             theirs += [_sealed_memory(stack, content) for content in job.inputs]
             try:
-                request = marshal.dumps((list(job.argv), job.environment, job.folder, list(job.rlimits)))
-                self._send(request, theirs)
+                self._send(_request(job), theirs)
             finally:
                 for write_fd in theirs[1:4]:
                     os.close(write_fd)
@@ -140,8 +155,7 @@ class Supervisor:
             null = os.open(os.devnull, os.O_RDWR)
             stack.callback(os.close, null)
             inputs = [_sealed_memory(stack, content) for content in job.inputs]
-            request = marshal.dumps((list(job.argv), job.environment, job.folder, list(job.rlimits)))
-            self._send(request, [stdio, stdio, null, null, *inputs])
+            self._send(_request(job), [stdio, stdio, null, null, *inputs])
         return watch
 
     def stop(self) -> None:
@@ -159,7 +173,8 @@ class Supervisor:
             for key, _ in events:
                 if key.fileobj is self._control:
                     selector.unregister(self._control)
-                    ended.exit_code, ended.cpu_s = self._reply("ended")
+                    ended.exit_code, ended.cpu_s, seen = self._reply("ended")
+                    ended.testimony = Testimony(*seen or ())
                     return
                 if not _read_some(selector, key, watch.limits):
                     reason = ExecStatus.OUTPUT_LIMIT
@@ -191,15 +206,17 @@ class Supervisor:
         try:
             socket.send_fds(self._control, [packet], fds)
         except OSError as error:
-            raise SandboxError(f"the warden of sandbox slot {self.slot.name} is gone ({error})") from error
+            raise SandboxLostError(f"the warden of sandbox slot {self.slot.name} is gone ({error})") from error
 
     def _reply(self, wanted: str) -> Any:
         try:
             packet = self._control.recv(warden.MAX_PACKET_BYTES)
-        except OSError as error:
+        except TimeoutError as error:
             raise SandboxError(f"the warden of sandbox slot {self.slot.name} does not answer ({error})") from error
+        except OSError as error:
+            raise SandboxLostError(f"the warden of sandbox slot {self.slot.name} is gone ({error})") from error
         if not packet:
-            raise SandboxError(f"the warden of sandbox slot {self.slot.name} died")
+            raise SandboxLostError(f"the warden of sandbox slot {self.slot.name} died")
         kind, value = marshal.loads(packet)
         if kind != wanted:
             raise SandboxError(f"the sandbox could not start a program: {value}")
@@ -303,6 +320,10 @@ def _read_some(selector: selectors.BaseSelector, key: selectors.SelectorKey, lim
     room = (limits.output_kib << 10) - len(buffer)
     buffer += data[:room]
     return len(data) <= room
+
+
+def _request(job: Job) -> bytes:
+    return marshal.dumps((list(job.argv), job.environment, job.folder, list(job.rlimits), job.wrapped))
 
 
 def _sealed_memory(stack: contextlib.ExitStack, content: bytes) -> int:

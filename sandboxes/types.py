@@ -82,7 +82,8 @@ class Capabilities:
     """What a sandbox enforces on this machine, as found when it was opened; False means: not enforced.
 
     memory_total and pids_total say that the kernel holds the limit for all processes of a program together. Without
-    memory_total it holds for each process, and for their sum as sampled every 50 ms.
+    memory_total it holds for each process, and for their sum as sampled every 50 ms. knows_killers: a program that
+    somebody outside killed raises SandboxLostError; else it cannot be told from one that killed itself.
     """
 
     backend: str
@@ -93,6 +94,7 @@ class Capabilities:
     separate_user: bool
     python: str
     python_version: str
+    knows_killers: bool = False
 
 
 class Session(Protocol):
@@ -185,7 +187,8 @@ class Sandbox(Protocol):
     ) -> ExecResult:
         """Run one program in a fresh world whose working folder holds `files` (relative names); nothing outlives it.
 
-        Raises SandboxError when the sandbox itself fails; ValueError when a file name leaves the folder.
+        Raises SandboxError when the sandbox itself fails, of the kind SandboxLostError when somebody outside killed the
+        program or what watches over it; ValueError when a file name leaves the folder.
         """
 
     def session(self, *, files: Mapping[str, bytes] = NO_FILES, limits: Limits = DEFAULT_LIMITS) -> "Session":

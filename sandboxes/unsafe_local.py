@@ -15,7 +15,7 @@ from pathlib import Path
 from cispo.sandboxes.bounds import resource_limits
 from cispo.sandboxes.bubblewrap import ENVIRONMENT
 from cispo.sandboxes.slotted import SlottedSandbox, conclude
-from cispo.sandboxes.supervisor import Job, Supervisor
+from cispo.sandboxes.supervisor import Ended, Job, Supervisor
 from cispo.sandboxes.types import Capabilities, ExecResult, Limits
 
 
@@ -33,13 +33,14 @@ class UnsafeLocalSandbox(SlottedSandbox):
             memory_total=False,
             pids_total=False,
             separate_user=False,
+            knows_killers=True,
             python=sys.executable,
             python_version=platform.python_version(),
         )
 
     def _run_in(
         self, supervisor: Supervisor, argv: Sequence[str], stdin: bytes, files: Mapping[str, bytes], limits: Limits
-    ) -> ExecResult:
+    ) -> Ended:
         folder = Path(tempfile.mkdtemp(prefix="cispo-unsafe-"))
         try:
             for name, content in files.items():
@@ -48,8 +49,10 @@ class UnsafeLocalSandbox(SlottedSandbox):
                 path.write_bytes(content)
             environment = {**ENVIRONMENT, "PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder)}
             job = Job(list(argv), environment, str(folder), limits, resource_limits(limits), stdin)
-            ended = supervisor.run(job)
+            return supervisor.run(job)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _result(self, ended: Ended, limits: Limits) -> ExecResult:
         exit_code = ended.exit_code if ended.exit_code >= 0 else 128 - ended.exit_code
         return conclude(ended, exit_code, limits)

@@ -17,6 +17,7 @@ import array
 import contextlib
 import ctypes
 import fcntl
+import importlib
 import marshal
 import os
 import resource
@@ -24,7 +25,13 @@ import select
 import signal
 import socket
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING or __name__ != "__main__":
+    from cispo.sandboxes.kill_witness import Testimony
+else:
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last, as files here bear names of the library
+    Testimony = importlib.import_module("kill_witness").Testimony
 
 MAX_PACKET_BYTES = 1 << 17
 MAX_FDS = 64
@@ -123,24 +130,54 @@ def receive(control: socket.socket) -> tuple[bytes, list[int]]:
 
 def run_program(control: socket.socket, uid: int | None, request: Any, fds: list[int]) -> tuple[tuple[str, Any], bool]:
     """Run one program to its end. Returns the reply, and whether the owner has closed the socket."""
+    *request, wrapped = request
     cpu_s_before = cpu_s_of_children()
     failure_read, failure_write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        become_program(uid, request, fds, failure_write)
-    os.close(failure_write)
-    for fd in fds:
-        os.close(fd)
-    with os.fdopen(failure_read, "rb") as failures:
-        failure = failures.read()
-    if failure:
-        os.waitpid(pid, 0)
-        return ("failed", failure.decode(errors="replace")), False
-    owner_is_gone = wait_for_end(control, pid)
-    _, wait_status = os.waitpid(pid, 0)
-    end_children()
-    cpu_s = cpu_s_of_children() - cpu_s_before
-    return ("ended", (os.waitstatus_to_exitcode(wait_status), cpu_s)), owner_is_gone
+    witness = None if wrapped is None else Witness(wrapped)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            become_program(uid, request, fds, failure_write, witness)
+        os.close(failure_write)
+        for fd in fds:
+            os.close(fd)
+        with os.fdopen(failure_read, "rb") as failures:
+            failure = failures.read()
+        if failure:
+            os.waitpid(pid, 0)
+            return ("failed", failure.decode(errors="replace")), False
+        owner_is_gone = wait_for_end(control, pid, witness)
+        _, wait_status = os.waitpid(pid, 0)
+        end_children()
+    finally:
+        if witness is not None:
+            witness.testimony.close()
+    exit_code, cpu_s = os.waitstatus_to_exitcode(wait_status), cpu_s_of_children() - cpu_s_before
+    return ("ended", (exit_code, cpu_s, None if witness is None else witness.seen())), owner_is_gone
+
+
+class Witness:
+    """What kill_witness.py tells of one program. is_wrapped: bubblewrap and its first process are no part of it."""
+
+    def __init__(self, is_wrapped: bool) -> None:
+        self.testimony = Testimony()
+        self.has_own_doing = self.has_first_outlived = False
+        self._is_wrapped = is_wrapped
+
+    def seen(self) -> tuple[bool, bool, bool]:
+        return self.testimony.is_available, self.has_own_doing, self.has_first_outlived
+
+    def note(self, pid: int) -> None:
+        caller = self.testimony.next_caller()
+        if caller is None:
+            return
+        if self._is_wrapped and caller == pid:  # about to repeat the exit code of the program, or of a first process
+            self.has_first_outlived |= any(not is_dead(child) for child in children_of(pid))  # that was killed
+        elif self._is_wrapped and parent_of(caller) == pid:
+            self.has_first_outlived = True
+        else:
+            self.has_own_doing = True
+        self.testimony.let_go()
 
 
 def cpu_s_of_children() -> float:
@@ -148,13 +185,17 @@ def cpu_s_of_children() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def become_program(uid: int | None, request: Any, fds: list[int], failure_fd: int) -> NoReturn:
+def become_program(
+    uid: int | None, request: Any, fds: list[int], failure_fd: int, witness: "Witness | None"
+) -> NoReturn:
     """In the forked child: take the descriptors, limits and user id of the program, then execute it."""
     try:
         argv, environment, folder, limits = request
         os.setsid()
         os.umask(0o022)
         failure_fd = fcntl.fcntl(failure_fd, fcntl.F_DUPFD_CLOEXEC, FIRST_SPARE_FD)
+        if witness is not None:
+            witness.testimony.keep_above(FIRST_SPARE_FD)
         take_descriptors(fds)
         os.chdir(folder)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
@@ -169,6 +210,8 @@ def become_program(uid: int | None, request: Any, fds: list[int], failure_fd: in
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         fix_addresses()
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if witness is not None:
+            witness.testimony.begin()
         os.execve(argv[0], argv, environment)
     except BaseException as error:
         os.write(failure_fd, f"{type(error).__name__}: {error}".encode())
@@ -183,17 +226,26 @@ def take_descriptors(fds: list[int]) -> None:
         os.dup2(fd, number, inheritable=True)
 
 
-def wait_for_end(control: socket.socket, pid: int) -> bool:
+def wait_for_end(control: socket.socket, pid: int, witness: "Witness | None") -> bool:
     """Wait until the program ends, or kill it when told so. Returns whether the owner has closed the socket."""
     poll = select.poll()
     pidfd = os.pidfd_open(pid)
     try:
         poll.register(pidfd, select.POLLIN)
         poll.register(control, select.POLLIN)
+        if witness is not None and witness.testimony.listen():
+            poll.register(witness.testimony, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = dict(poll.poll())
+            told = ready.pop(witness.testimony.fileno(), 0) if witness is not None else 0
+            if witness is not None and told & select.POLLIN:
+                witness.note(pid)  # one, and then the others have their turn: a program can call as fast as it is heard
+            elif witness is not None and told:  # it hangs up: nobody is under the filter any more
+                poll.unregister(witness.testimony)
             if pidfd in ready:
                 return False
+            if not ready:
+                continue
             packet = control.recv(MAX_PACKET_BYTES)
             end_children(keep_zombie=pid)
             if not packet:

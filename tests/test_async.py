@@ -4,9 +4,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 from cispo.cli import main
 from cispo.replay import replay
 from cispo.schedule import read_schedule
+from tests.runs import descendants, finish, name_of, printed, start_training
 
 K, STEPS, PROMPTS_PER_STEP = 2, 6, 4
 REWARD = "def reward(prompt, completion, **row):\n    return float(len(completion) % 3)\n"
@@ -50,13 +49,7 @@ def recipe(small_policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def train(recipe: Path, run: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "cispo.cli", "train", str(recipe), "--run-dir", str(run), *options]
-    with run.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-
-
-def finish(process: subprocess.Popen[bytes], run: Path) -> None:
-    assert process.wait(timeout=240) == 0, run.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
+    return start_training(run, recipe, options)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -110,25 +103,6 @@ def test_a_killed_run_goes_on_and_a_learner_that_dies_starts_again(recipe: Path,
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 200
     while not (run / "metrics.jsonl").is_file() or not lines(run) or lines(run)[-1]["step"] < step:
-        assert process.poll() is None, run.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
+        assert process.poll() is None, printed(run).read_text(encoding="utf-8")[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def name_of(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
-    return ""
-
-
-def descendants(pid: int) -> list[int]:
-    """Pids of all processes below this one."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents[int(stat.parent.name)] = int(fields[1])
-    found = [pid]
-    for parent in found:
-        found += [child for child, own in parents.items() if own == parent]
-    return found[1:]

@@ -1,22 +1,15 @@
 """The whole run from the command line: repeatable bit for bit, killed at any moment and resumed to equal numbers."""
 
-import hashlib
 import json
-import os
 import random
-import signal
 import subprocess
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-Record = dict[str, Any]
+from tests.runs import assert_same_run, finish, first_difference, kill_everything, start_training
+
 STEPS = 4
 ARGUMENTS = [
     f"steps={STEPS}", "rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.workers=1", "sandbox.workers=1",
@@ -25,101 +18,7 @@ ARGUMENTS = [
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "cispo.cli", "train", "code", *ARGUMENTS, "--run-dir", str(folder), *options]
-    with (folder.parent / f"{folder.name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder.parent)
-
-
-def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
-    code = process.wait(timeout=240)
-    assert code == 0, (folder.parent / f"{folder.name}.log").read_text(encoding="utf-8")[-3000:]
-
-
-def kill_everything(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the driver, its process group and every actor it started, all at once."""
-    family = descendants(process.pid)
-    os.killpg(process.pid, signal.SIGKILL)
-    for pid in family:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait(timeout=30)
-    while any(Path(f"/proc/{pid}").exists() for pid in family):
-        time.sleep(0.02)
-
-
-def descendants(pid: int) -> list[int]:
-    """Pids of all processes below this one."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents[int(stat.parent.name)] = int(fields[1])
-    found = [pid]
-    for parent in found:
-        found += [child for child, own in parents.items() if own == parent]
-    return found[1:]
-
-
-def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of what must be equal: metrics less their times, rollouts, weights, optimiser and policy version."""
-    lines = [without_times(record) for record in records(folder / "metrics.jsonl")]
-    assert [record["step"] for record in lines] == list(range(1, STEPS + 1))
-    last = folder / "checkpoints" / f"step_{STEPS:06d}"
-    files = [
-        *sorted((folder / "rollouts").iterdir()),
-        last / "policy" / "model.safetensors",
-        last / "learner.safetensors",
-    ]
-    hashes = {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    return {"metrics": hashlib.sha256(json.dumps(lines).encode()).hexdigest(), **hashes}
-
-
-def first_difference(expected: Path, actual: Path) -> str:
-    """Where two runs part: the first file, in the order in which a run writes them, with both sides of its record."""
-    for step in range(1, STEPS + 1):
-        name = f"rollouts/step_{step:06d}.jsonl"
-        found = _differing_record(records(expected / name), records(actual / name), ("prompt_id", "completion_index"))
-        if found:
-            return f"{name}: {found}"
-        lines = ([r for r in records(run / "metrics.jsonl") if r["step"] == step] for run in (expected, actual))
-        found = _differing_record(*(list(map(without_times, side)) for side in lines), ("step",))
-        if found:
-            return f"metrics.jsonl: {found}"
-    last = f"checkpoints/step_{STEPS:06d}"
-    for name in (f"{last}/policy/model.safetensors", f"{last}/learner.safetensors"):
-        before, after = load_file(expected / name), load_file(actual / name)
-        for tensor in sorted(before.keys() | after.keys()):
-            if tensor not in before or tensor not in after:
-                return f"{name}: only one of them holds {tensor}"
-            if not torch.equal(before[tensor], after[tensor]):
-                return f"{name}: {tensor} differs by up to {(before[tensor] - after[tensor]).abs().max()}"
-    return "no record differs, only bytes: names, order or white space"
-
-
-def _differing_record(expected: list[Record], actual: list[Record], identity: tuple[str, ...]) -> str:
-    for before, after in zip(expected, actual, strict=False):
-        if before != after:
-            who = ", ".join(f"{name} {before.get(name)!r}" for name in identity)
-            sides = (
-                f"\n  {name}\n    left alone: {before.get(name)!r}\n    resumed:    {after.get(name)!r}"
-                for name in sorted(before.keys() | after.keys())
-                if before.get(name) != after.get(name)
-            )
-            return f"{who} differs in{''.join(sides)}"
-    return "" if len(expected) == len(actual) else f"{len(expected)} records left alone, {len(actual)} resumed"
-
-
-def records(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def without_times(record: Record) -> Record:
-    return {name: value for name, value in record.items() if not name.startswith(("time_s/", "perf/"))}
-
-
-def assert_same_run(alone: Path, folder: Path, what: str) -> None:
-    if fingerprint(folder) != fingerprint(alone):
-        pytest.fail(f"{what}: {first_difference(alone, folder)}")
+    return start_training(folder, "code", [*ARGUMENTS, *options])
 
 
 @pytest.fixture(scope="module")

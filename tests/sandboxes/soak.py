@@ -15,8 +15,7 @@ from cispo.sandboxes.docker_client import OWNER_LABEL, connect
 from cispo.sandboxes.slots import FIRST_UID, LAST_UID
 
 TICK_S = 0.1
-# Mean seconds between two kills of a kind. A program that is killed three times in a row counts as its own doing, so
-# containers, which take many seconds beside 23 other jobs, must not be killed as often as bubblewrap's processes.
+# Mean seconds between two kills of a kind.
 PERIOD_S = {"actor": 15.0, "warden": 6.0, "bwrap": 1.5, "container": 20.0}
 
 

@@ -339,7 +339,7 @@ def test_a_sandbox_that_fails_to_the_last_is_no_verdict_on_the_program() -> None
 
 
 def test_a_slow_failure_is_not_repeated_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 10_000, 50))
+    clock = iter(range(0, 10_000, 25))
     monkeypatch.setattr("cispo.sandboxes.attempts.time.monotonic", lambda: float(next(clock)))
     sandbox = ScriptedSandbox([SandboxError("no core")] * 6)
     assert judge_calls(sandbox, "", "f", SUM_TESTS, LIMITS).status is VerdictStatus.SANDBOX_ERROR

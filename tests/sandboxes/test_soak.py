@@ -18,7 +18,6 @@ from dataclasses import asdict
 import pytest
 import ray
 
-from cispo.errors import SandboxError
 from cispo.sandboxes import Limits, Sandbox
 from cispo.sandboxes.judge import judge_asserts, judge_calls, judge_stdin
 from cispo.sandboxes.pool import SandboxPool
@@ -65,12 +64,10 @@ def judge(sandbox: Sandbox, kind: str, source: str) -> str:
 
 
 def converse(sandbox: Sandbox, turns: int) -> str:
-    """A session in which each command adds a line to a file; a killed command or session is an error of the sandbox."""
+    """A session in which each command adds a line to a file."""
     with sandbox.session(files={"lines": b""}, limits=LIMITS) as session:
         for turn in range(turns):
             result = session.run(["sh", "-c", f"echo {turn} >> lines; cat lines"])
-            if result.exit_code == 137:
-                raise SandboxError("a command was killed")
             assert result.stdout == "".join(f"{n}\n" for n in range(turn + 1)).encode(), result
     return "ok"
 
