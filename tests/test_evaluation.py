@@ -102,6 +102,7 @@ def test_a_further_set_is_loaded_and_looked_at_as_the_first_is(tmp_path: Path) -
     for override, message in (
         ("evaluation.also.mine.data.path=gone.jsonl", "command line evaluation.also.mine.data.path: "),
         ("evaluation.also.mine.by=kind", "rows.jsonl: no column 'kind'"),
+        ("evaluation.also.mine.data.columns={hidden: tests}", "also.mine.data.path: no column of a known set of code"),
     ):
         with pytest.raises(RecipeError) as caught:
             load_train("code", [f"evaluation.also.mine.data.path={tmp_path}/rows.jsonl", override])

@@ -29,9 +29,9 @@ def train_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     found = policy_mistakes(recipe.policy.path, recipe.base_path)
     found = found or _routing_mistakes(recipe, routing) + _expert_mistakes(recipe) + _length_mistakes(recipe)
     rewards, columns = _reward_mistakes(recipe)
-    found += _data_mistakes(("data",), recipe.data, recipe.base_path, columns) or _task_mistakes(recipe)
+    found += _prompt_mistakes(("data",), recipe.data, recipe, columns)
     if recipe.evaluation is not None:
-        found += _evaluation_mistakes(recipe.evaluation, recipe.base_path, columns)
+        found += _evaluation_mistakes(recipe.evaluation, recipe, columns)
     return found + rewards
 
 
@@ -42,7 +42,7 @@ def evaluation_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     if recipe.evaluation is None:
         found.append((("evaluation",), "is null; name the prompts to measure on in evaluation.data.path"))
     else:
-        found += _evaluation_mistakes(recipe.evaluation, recipe.base_path, columns)
+        found += _evaluation_mistakes(recipe.evaluation, recipe, columns)
     return found + rewards
 
 
@@ -144,23 +144,32 @@ def _data_mistakes(path: SettingPath, data: DataSettings, base_path: Path, colum
     return [((*path, "path"), text) for text in texts]
 
 
-def _evaluation_mistakes(evaluation: EvaluationSettings, base_path: Path, columns: Sequence[str]) -> list[FileMistake]:
+def _evaluation_mistakes(
+    evaluation: EvaluationSettings, recipe: TrainRecipe, columns: Sequence[str]
+) -> list[FileMistake]:
     found = []
     for name, heldout in evaluation.sets.items():
         path = ("evaluation", "data") if heldout is evaluation else ("evaluation", "also", name, "data")
         grouping = [heldout.by] if heldout.by is not None else []
-        found += _data_mistakes(path, heldout.data, base_path, [*columns, *grouping])
+        found += _prompt_mistakes(path, heldout.data, recipe, [*columns, *grouping])
     return found
 
 
-def _task_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
+def _prompt_mistakes(
+    path: SettingPath, data: DataSettings, recipe: TrainRecipe, columns: Sequence[str]
+) -> list[FileMistake]:
+    """What prompts that rewards will score lack."""
+    return _data_mistakes(path, data, recipe.base_path, columns) or _task_mistakes(path, data, recipe)
+
+
+def _task_mistakes(path: SettingPath, data: DataSettings, recipe: TrainRecipe) -> list[FileMistake]:
     """The columns that the reward `code` misses in the first row; it takes rows of several sets."""
     if all(reward.name != "code" for reward in recipe.rewards):
         return []
-    columns = first_columns(recipe.data, base_path=recipe.base_path)
+    columns = first_columns(data, base_path=recipe.base_path)
     missing = missing_column(columns) if columns is not None else None
     text = f"{missing}; the columns are {', '.join(columns or ())}"
-    return [(("data", "path"), text)] if missing else []
+    return [((*path, "path"), text)] if missing else []
 
 
 def _reward_mistakes(recipe: TrainRecipe) -> tuple[list[FileMistake], list[str]]:
