@@ -152,9 +152,11 @@ class RolloutSettings(Section):
         return value
 
     @property
-    def least_window_tokens(self) -> int:
-        """New tokens that a completion of training may have at the start of a run."""
-        return self.max_completion_tokens if self.length_windows is None else self.length_windows.tokens[0]
+    def first_limit(self) -> tuple[str, int]:
+        """New tokens that a completion of training may have at the start of a run, and the setting that says so."""
+        if self.length_windows is None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "length_windows.tokens.0", self.length_windows.tokens[0]
 
     @model_validator(mode="after")
     def _windows_rise(self) -> "RolloutSettings":
@@ -169,9 +171,8 @@ class RolloutSettings(Section):
 
     @model_validator(mode="after")
     def _budget_leaves_room(self) -> "RolloutSettings":
-        least = self.least_window_tokens
+        name, least = self.first_limit
         if self.thinking is not None and self.thinking.tokens >= least:
-            name = "max_completion_tokens" if self.length_windows is None else "the first of length_windows.tokens"
             raise ValueError(
                 f"thinking.tokens is {self.thinking.tokens} with {name} {least}: nothing would be left for an answer; "
                 "lower the former or raise the latter"

@@ -44,9 +44,9 @@ def refuse_no_room_for_answers(rollout: RolloutSettings, tokenizer: Tokenizer) -
     """
     if rollout.thinking is None:
         return
-    forced, limit = len(tokenizer.encode(rollout.thinking.interruption)), rollout.least_window_tokens
+    forced, (name, limit) = len(tokenizer.encode(rollout.thinking.interruption)), rollout.first_limit
     if rollout.thinking.tokens + forced >= limit:
         raise RecipeError(
             f"rollout.thinking.tokens is {rollout.thinking.tokens}, and the interruption has {forced} tokens: nothing "
-            f"of a completion's {limit} tokens is left for an answer; lower the former or raise the latter"
+            f"of rollout.{name} {limit} is left for an answer; lower the former or raise the latter"
         )
