@@ -5,8 +5,8 @@
 Both train by the same recipe, in turn, on the CPU unless the settings say otherwise. A first short run measures how
 long the sampling of a step and its update take; sampling is then slowed, by sleeping, until it takes as long as the
 update, so that there is something to win: rollout workers on machines elsewhere would look the same from here. Speed is
-of all steps but those in which the samplers get ahead, and the last, which evaluates. Needs cores enough that the two do
-not wait for the same ones; how idle each was is in the table.
+of all steps but those in which the samplers get ahead, and the last, which evaluates. Needs cores enough that the two
+do not wait for the same ones; how idle each was is in the table.
 """
 
 import argparse

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -31,6 +30,8 @@ SIZES = {"tiny": TINY, "hybrid": HYBRID}
 
 def write_minimax(folder: Path, **changes: Any) -> None:
     """A random MiniMax and a tokenizer with a token for every row. changes: to transformers' configuration."""
+    import transformers
+
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "max_position_embeddings": 1 << 17, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},

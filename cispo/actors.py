@@ -117,40 +117,81 @@ class RewardWorker(Shell):
 
 
 class LearnerActor(Shell):
-    """Holds the learner, hands out its weights, and writes and reads checkpoints where the learner's state is."""
+    """Holds the learner, hands out its weights, and writes and reads checkpoints where the learner's state is.
 
-    def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int) -> None:
+    With resources.learner_ranks above 1 it is one rank of several, has a learner from `join` on, and every method that
+    the others are asked for it must be asked for too.
+    """
+
+    def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, rank: int = 0) -> None:
         prepare_process(threads)
-        self._open_learner(recipe, policy_path, load_decoder(recipe, policy_path))
+        self._recipe, self._policy_path, self._rank = recipe, policy_path, rank
+        if recipe.resources.learner_ranks == 1:
+            self._open_learner(recipe, policy_path, load_decoder(recipe, policy_path))
 
-    def _open_learner(self, recipe: TrainRecipe, policy_path: Path, decoder: Any) -> None:
+    def open_meeting(self) -> str:
+        """Where the ranks can meet: the address of a store that this process holds."""
+        import ray
+
+        from cispo.parallel.meeting import Meeting
+
+        self._meeting = Meeting.open(ray.util.get_node_ip_address())
+        return self._meeting.address
+
+    def join(self, address: str) -> None:
+        """Become one of the learner's ranks; returns when all have."""
+        from cispo.devices import own_device, resolve_device
+        from cispo.parallel.meeting import Meeting
+        from cispo.parallel.ranks import Ranks, RankSettings
+
+        recipe, timeout_s = self._recipe, self._recipe.ray.start_timeout_s
+        if self._rank:
+            self._meeting = Meeting.enter(address, timeout_s)
+        settings = RankSettings(
+            rank=self._rank,
+            world_size=recipe.resources.learner_ranks,
+            expert_parallel=recipe.resources.expert_parallel,
+            timeout_s=recipe.ray.call_timeout_s,
+        )
+        device = own_device(resolve_device(recipe.policy.device))
+        ranks = Ranks.join(settings, device, self._meeting.room("learner"))
+        # On the CPU: a rank's device holds its shards, and may have no room for all weights.
+        self._open_learner(recipe, self._policy_path, load_decoder(recipe, self._policy_path, device="cpu"), ranks)
+
+    def _open_learner(self, recipe: TrainRecipe, policy_path: Path, decoder: Any, ranks: Any = None) -> None:
         from cispo.model.tokenizer import Tokenizer
 
         self._tokenizer = Tokenizer.load(policy_path)
-        self._learner = new_learner(recipe, policy_path, decoder)
+        self._learner = new_learner(recipe, policy_path, decoder, ranks)
 
     def train(self, groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+        """A step on the groups, of which each rank takes its share; the metrics of all."""
         metrics: dict[str, float] = self._learner.train(groups, step)
         return metrics
 
     def weights(self) -> Any:
-        """The policy's weights, ready to broadcast; a `cispo.broadcast.Weights`."""
-        from cispo.broadcast import pack_weights
+        """The policy's weights, ready to broadcast: a `cispo.broadcast.Weights`, and None of ranks but the first."""
+        from cispo.broadcast import Proof, pack_weights
 
-        return pack_weights(self._learner.policy_version, self._learner.policy_tensors())
+        learner, rank = self._learner, self._rank
+        proof = Proof(learner.policy_version, learner.weights_checksum())
+        weights = pack_weights(proof, (named for named in learner.each_weight() if rank == 0))
+        return weights if rank == 0 else None
 
     def save(self, path: Path, loop_state: dict[str, Any], keep: int) -> None:
         """Write a checkpoint of policy, learner and loop, then remove all but the `keep` newest."""
         from cispo.checkpoint import save_checkpoint
 
-        save_checkpoint(
-            path,
-            decoder=self._learner.decoder,
-            tokenizer=self._tokenizer,
-            learner_state=self._learner.state_dict(),
-            loop_state=loop_state,
-            keep=keep,
-        )
+        learner_state, policy = self._learner.state_dict(), self._learner.whole_policy()
+        if policy is not None:
+            save_checkpoint(
+                path,
+                decoder=policy,
+                tokenizer=self._tokenizer,
+                learner_state=learner_state,
+                loop_state=loop_state,
+                keep=keep,
+            )
 
     def load(self, path: Path) -> dict[str, Any]:
         """Go on from a verified checkpoint; returns its loop state."""
@@ -166,6 +207,7 @@ class ColocatedActor(RolloutWorker, LearnerActor):
 
     def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, name: str) -> None:
         prepare_process(threads)
+        self._rank = 0
         decoder = load_decoder(recipe, policy_path)
         self._open_engine(recipe, policy_path, decoder, name)
         self._open_learner(recipe, policy_path, decoder)
@@ -178,11 +220,17 @@ class ColocatedActor(RolloutWorker, LearnerActor):
         return self._engine.policy_version
 
 
-def new_learner(recipe: TrainRecipe, policy_path: Path, decoder: Any) -> Any:
-    """The learner of a recipe at its start, with this policy; a `cispo.learner.Learner`."""
-    from cispo.learner import Learner
+def new_learner(recipe: TrainRecipe, policy_path: Path, decoder: Any, ranks: Any = None) -> Any:
+    """The learner of a recipe at its start, with this policy; a `cispo.learner.Learner`.
 
-    needs_reference = recipe.objective.needs_reference
+    ranks: a `cispo.parallel.ranks.Ranks`, of a learner of several.
+    """
+    from cispo.learner import Learner
+    from cispo.parallel.ranks import ALONE
+
+    reference = None
+    if recipe.objective.needs_reference:
+        reference = load_decoder(recipe, policy_path, device=None if ranks is None else "cpu").requires_grad_(False)
     return Learner(
         decoder,
         objective=recipe.objective,
@@ -192,14 +240,15 @@ def new_learner(recipe: TrainRecipe, policy_path: Path, decoder: Any) -> Any:
         max_completion_tokens=recipe.rollout.max_completion_tokens,
         total_updates=recipe.steps * recipe.learner.updates_per_step,
         seed=recipe.seed,
-        reference=load_decoder(recipe, policy_path).requires_grad_(False) if needs_reference else None,
+        reference=reference,
+        ranks=ALONE if ranks is None else ranks,
     )
 
 
-def load_decoder(recipe: TrainRecipe, policy_path: Path) -> Any:
-    """The recipe's policy on its device; a `cispo.model.decoder.Decoder`."""
+def load_decoder(recipe: TrainRecipe, policy_path: Path, device: str | None = None) -> Any:
+    """The recipe's policy on its device, or on another; a `cispo.model.decoder.Decoder`."""
     from cispo.devices import resolve_device, resolve_dtype
     from cispo.model.checkpoint import load_policy
 
     policy = recipe.policy
-    return load_policy(policy_path, dtype=resolve_dtype(policy.dtype), device=resolve_device(policy.device))
+    return load_policy(policy_path, dtype=resolve_dtype(policy.dtype), device=resolve_device(device or policy.device))

@@ -6,7 +6,7 @@ staleness.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cispo.errors import BroadcastError
+from cispo.kernels.digest import Part, digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +52,28 @@ class Weights:
         return {name: torch.from_numpy(array.copy()).view(self.dtypes[name]) for name, array in self.arrays.items()}
 
 
-def pack_weights(version: int, tensors: Mapping[str, Tensor]) -> Weights:
-    """Snapshot of the tensors on the host."""
-    arrays = {name: _array(tensor) for name, tensor in tensors.items()}
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    return Weights(version, weights_checksum(tensors), arrays, dtypes)
+def pack_weights(proof: Proof, weights: Iterable[tuple[str, Tensor]]) -> Weights:
+    """Snapshot on the host of weights that come one after the other."""
+    arrays, dtypes = {}, {}
+    for name, tensor in weights:
+        arrays[name], dtypes[name] = _array(tensor), tensor.dtype
+    return Weights(proof.version, proof.checksum, arrays, dtypes)
 
 
 def weights_checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, shapes, dtypes and bytes of all tensors, in order of names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        digest.update(_array(tensor).data)
-    return digest.hexdigest()
+    """Of names, shapes, dtypes and bits of all tensors, whatever their order; the bits are read where they lie."""
+    sums_P = digests([Part(tensor) for tensor in tensors.values()])
+    return checksum_of({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, sums_P)
+
+
+def checksum_of(kinds: Mapping[str, tuple[torch.Size, torch.dtype]], sums_P: Tensor) -> str:
+    """The checksum of tensors whose digests are known. kinds: shape and dtype by name, in the order of the digests."""
+    of_name = dict(zip(kinds, sums_P.tolist(), strict=True))
+    hashed = hashlib.blake2b(digest_size=16)
+    for name in sorted(kinds):
+        shape, dtype = kinds[name]
+        hashed.update(f"{name}|{tuple(shape)}|{dtype}|{of_name[name]}|".encode())
+    return hashed.hexdigest()
 
 
 def verify_receipt(worker: str, sent: Proof, version: int, checksum: str) -> None:

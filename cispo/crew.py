@@ -7,6 +7,7 @@ changes no result, so work is dealt out for speed alone.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import ray
 from cispo.actors import ColocatedActor, LearnerActor, RewardWorker, RolloutWorker
 from cispo.broadcast import Weights, verify_receipt
 from cispo.errors import ActorLostError, LearnerLostError
+from cispo.gpu_places import GpuPlaces
+from cispo.learner_team import LearnerTeam
 from cispo.member import Member
 from cispo.placement import place
 from cispo.ray_runtime import await_result
@@ -72,13 +75,15 @@ class Crew:
         roles: Roles = Roles(),
     ) -> None:
         self._recipe, self._policy_path, self._roles, self._say = recipe, policy_path, roles, say
-        self.placement = place(recipe, cores=cores, gpus=_gpus())
+        self.placement = place(recipe, cores=cores, gpus=_gpu_count())
         self._is_colocated = with_learner and self.placement.colocated
-        self._rollout = [Member(f"rollout:{i}", self._start_rollout) for i in range(recipe.rollout.workers)]
+        self._gpus = GpuPlaces(self.placement.gpus, timeout_s=recipe.ray.start_timeout_s)
+        self._rollout = [Member(f"rollout:{i}", partial(self._start_rollout, i)) for i in range(recipe.rollout.workers)]
         self._rewards = [Member(f"reward:{i}", self._start_reward) for i in range(recipe.sandbox.workers)]
-        self._learner: Member | None = None
+        self._learner: LearnerTeam | None = None
         if with_learner:
-            self._learner = self._rollout[0] if self._is_colocated else Member("learner", self._start_learner)
+            members = [self._rollout[0]] if self._is_colocated else self._new_learners()
+            self._learner = LearnerTeam(members, start_timeout_s=recipe.ray.start_timeout_s)
         self._sent: tuple[Any, Weights] | None = None
         self._learner_busy_s = 0.0
         rollout = recipe.rollout
@@ -92,42 +97,49 @@ class Crew:
         )
         self._wait_until_ready()
 
-    def _start_rollout(self, name: str) -> Any:
+    def _start_rollout(self, index: int, name: str) -> Any:
         plan = self.placement
+        place = plan.rollout_places[index] if plan.rollout_places else 0
         if self._is_colocated:
             arguments = (self._recipe, self._policy_path, plan.learner_threads, name)
-            return self._start(self._roles.colocated, name, plan.learner_gpus, *arguments)
-        return self._start(
-            self._roles.rollout, name, plan.rollout_gpus, self._recipe, self._policy_path, plan.rollout_threads, name
-        )
+            return self._start(self._roles.colocated, name, self._gpus.share(plan.learner_gpus, place), *arguments)
+        arguments = (self._recipe, self._policy_path, plan.rollout_threads, name)
+        return self._start(self._roles.rollout, name, self._gpus.share(plan.rollout_gpus, place), *arguments)
 
     def _start_reward(self, name: str) -> Any:
-        return self._start(self._roles.reward, name, 0.0, self._recipe)
+        return self._start(self._roles.reward, name, {"num_gpus": 0}, self._recipe)
 
-    def _start_learner(self, name: str) -> Any:
+    def _new_learners(self) -> list[Member]:
+        ranks = self.placement.learner_ranks
+        names = ["learner"] if ranks == 1 else [f"learner:{rank}" for rank in range(ranks)]
+        return [Member(name, partial(self._start_learner, rank)) for rank, name in enumerate(names)]
+
+    def _start_learner(self, rank: int, name: str) -> Any:
         plan = self.placement
-        arguments = (self._recipe, self._policy_path, plan.learner_threads)
-        return self._start(self._roles.learner, name, plan.learner_gpus, *arguments)
+        arguments = (self._recipe, self._policy_path, plan.learner_threads, rank)
+        return self._start(self._roles.learner, name, self._gpus.share(plan.learner_gpus, rank), *arguments)
 
-    def _start(self, role: type, name: str, gpus: float, *arguments: Any) -> Any:
+    def _start(self, role: type, name: str, gpus: dict[str, Any], *arguments: Any) -> Any:
         # Threads spin from one kernel to the next, some microseconds, and sleep beyond: an actor that waits burns no
         # core of another's. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) made a step a quarter slower.
         threads = {"GOMP_SPINCOUNT": "20000", "TOKENIZERS_PARALLELISM": "false"}
         actor: Any = ray.remote(role)
         named = actor.options(
-            name=f"{self._recipe.name}:{name}", num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": threads}
+            name=f"{self._recipe.name}:{name}", num_cpus=0, runtime_env={"env_vars": threads}, **gpus
         )
         return named.remote(*arguments)
 
     @property
     def _members(self) -> list[Member]:
-        own_learner = [self._learner] if self._learner is not None and not self._is_colocated else []
+        own_learner = self._learner.members if self._learner is not None and not self._is_colocated else ()
         return [*self._rollout, *self._rewards, *own_learner]
 
     def _wait_until_ready(self) -> None:
         timeout_s = self._recipe.ray.start_timeout_s
-        for member in self._members:
+        for member in (*self._rollout, *self._rewards):
             await_result(member.actor.__ray_ready__.remote(), timeout_s=timeout_s, what=f"{member.name} to start")
+        if self._learner is not None:
+            self._learner.wait_until_ready()
 
     def row_dependent_shapes(self) -> list[str]:
         """Product shapes for which rollout and learner may disagree on this machine; see cispo.model.arithmetic."""
@@ -175,10 +187,8 @@ class Crew:
         if self._is_colocated:
             self._ask_learner("share_weights", "share its weights")
             return {"time_s/broadcast": time.perf_counter() - started}
-        assert self._learner is not None
-        reference = self._learner.actor.weights.remote()
-        weights: Weights = self._wait_for_learner(reference, "hand out its weights")
-        self._sent = reference, weights
+        self._sent = self._ask_all_of_learner("weights", "hand out its weights")
+        weights = self._sent[1]
         receipts = [(member, self._send_weights(member)) for member in self._rollout]
         if not self._sampler.has_work:
             for member, receipt in receipts:
@@ -227,9 +237,7 @@ class Crew:
         assert self._learner is not None
         self._learner.replace()
         self._sampler.forget_all()
-        ready = self._learner.actor.__ray_ready__.remote()
-        timeout_s = self._recipe.ray.start_timeout_s
-        await_result(ready, timeout_s=timeout_s, what=f"{self._learner.name} to start again")
+        self._learner.wait_until_ready()
 
     def close(self) -> None:
         """Close the sandboxes and end the actors; raises nothing.
@@ -240,6 +248,7 @@ class Crew:
         ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
         for member in self._members:
             ray.kill(member.actor)
+        self._gpus.free()
 
     def _send_weights(self, member: Member) -> Any:
         """Give a worker the weights last handed out; a reference to what it will say it holds."""
@@ -253,6 +262,7 @@ class Crew:
         try:
             held = self._wait_for(receipt, f"{member.name} to take weights of version {weights.version}")
         except ActorLostError as lost:
+            self._sampler.count_death("rollout")
             self._say(f"{member.name} died while it took weights ({lost}); another takes its place")
             self._replace_rollout(member)
             return
@@ -267,22 +277,18 @@ class Crew:
             self._send_weights(member)
 
     def _ask_learner(self, method: str, doing: str, *arguments: Any) -> Any:
-        assert self._learner is not None
-        return self._wait_for_learner(getattr(self._learner.actor, method).remote(*arguments), doing)
+        return self._ask_all_of_learner(method, doing, *arguments)[1]
 
-    def _wait_for_learner(self, reference: Any, doing: str) -> Any:
+    def _ask_all_of_learner(self, method: str, doing: str, *arguments: Any) -> tuple[Any, Any]:
+        """Ray's reference to the first rank's answer, and the answer."""
         assert self._learner is not None
-        try:
-            return self._wait_for(reference, f"{self._learner.name} to {doing}")
-        except LearnerLostError:
-            raise
-        except ActorLostError as lost:
-            raise LearnerLostError(*lost.args) from lost
+        wait_for_all = partial(self._sampler.wait_for_all, timeout_s=self._recipe.ray.call_timeout_s)
+        return self._learner.ask(wait_for_all, method, doing, *arguments)
 
     def _wait_for(self, reference: Any, what: str) -> Any:
         return self._sampler.wait_for(reference, timeout_s=self._recipe.ray.call_timeout_s, what=what)
 
 
-def _gpus() -> float:
+def _gpu_count() -> float:
     resources: dict[str, float] = ray.cluster_resources()
     return resources.get("GPU", 0.0)

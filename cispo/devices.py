@@ -19,6 +19,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def own_device(device: torch.device) -> torch.device:
+    """With its number, as NCCL needs it: of the CUDA devices that this process sees, the one in use."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
 def resolve_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 

@@ -131,6 +131,10 @@ class Learner:
             return {name: parameter.detach() for name, parameter in self.decoder.named_parameters()}
         return {name: weight for name, weight in self.each_weight() if self._ranks.rank == 0}
 
+    def weights_checksum(self) -> str:
+        """As `cispo.broadcast.weights_checksum` has it of the whole policy, which is not gathered; collective."""
+        return self._optimizer.weights_checksum()
+
     def each_weight(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights one after the other, whole on every rank; collective, to the end.
 

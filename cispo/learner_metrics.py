@@ -21,6 +21,8 @@ _MEANS = {
     "ratio": "policy/ratio/mean",
     "clipped_high": "loss/frac_clipped_high",
     "clipped_low": "loss/frac_clipped_low",
+    "correction": "policy/rollout_correction/mean",
+    "correction_bounded": "loss/frac_correction_bounded",
     "kl_reference": "policy/kl_reference",
     "entropy": "policy/entropy",
 }

@@ -6,6 +6,7 @@ a reference policy. Activations of a micro batch and the blocks of the LM head c
 
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -49,17 +50,20 @@ class RunMemory:
 
     def refuse_what_cannot_fit(self) -> None:
         """Raise a RecipeError when what is certain is more than a device of this machine has."""
+        ranks, places = self.placement.learner_ranks, self.placement.rollout_places
         learner = {"the learner": self.learner, "the reference policy": self.reference}
         engine = {"engine weights": self.engine_weights, "caches": self.engine_caches}
         workers, gpus = self.recipe.rollout.workers, self.machine.gpu_bytes
-        if not self.placement.learner_gpus:
+        if not places:
             self._refuse(learner | _times(engine, workers), self.machine.host_bytes, "this machine's memory")
-        elif self.placement.colocated or len(gpus) < 2:
-            self._refuse(learner | _times(engine, workers), min(gpus), "the GPU")
+            return
+        sharing = _times(engine, max(Counter(places).values()))
+        of_rank = {f"{name}'s share" if ranks > 1 else name: -(-size // ranks) for name, size in learner.items()}
+        if self.placement.has_gpus_apart:
+            self._refuse(of_rank, min(gpus), "the learner's GPU")
+            self._refuse(sharing, min(gpus), "a GPU of rollout workers")
         else:
-            self._refuse(learner, min(gpus), "the learner's GPU")
-            sharing = max(1, round(1 / self.placement.rollout_gpus))
-            self._refuse(_times(engine, sharing), min(gpus), "a GPU of rollout workers")
+            self._refuse(of_rank | sharing, min(gpus), "the GPU" if len(gpus) < 2 else "a GPU")
 
     def _refuse(self, parts: Mapping[str, int], capacity: int, where: str) -> None:
         needed = sum(parts.values())
@@ -84,7 +88,7 @@ def run_memory(recipe: TrainRecipe, machine: Machine) -> RunMemory:
     # Routers stay float32 whatever the policy computes in.
     routers = len(config.routed_layers) * config.experts * config.hidden_size
     weights = parameters * element_bytes + routers * (4 - element_bytes)
-    is_rounded = bool(placement.learner_gpus) and recipe.policy.dtype == "bfloat16" and config.head_dim in _COPY_DIMS
+    is_rounded = bool(placement.rollout_places) and recipe.policy.dtype == "bfloat16" and config.head_dim in _COPY_DIMS
     return RunMemory(
         recipe=recipe,
         parameters=parameters,

@@ -28,6 +28,8 @@ from cispo.objective_settings import (
     ReinforceSettings,
 )
 
+_Clipped = GrpoSettings | DapoSettings | DrGrpoSettings
+
 
 class Scope(StrEnum):
     """Which other tokens a token's coefficient depends on."""
@@ -86,6 +88,7 @@ class Cispo:
         return _weighted(
             batch,
             settings.kl_coefficient,
+            correction=rollout_correction(batch, settings),
             coefficient_N=coefficient_N,
             loss_N=-coefficient_N * logprob_N,
             ratio_N=ratio_N,
@@ -99,7 +102,7 @@ class Cispo:
 class ClippedSurrogate:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), which GRPO, DAPO and Dr. GRPO share."""
 
-    settings: GrpoSettings | DapoSettings | DrGrpoSettings
+    settings: _Clipped
     scope: Scope = Scope.TOKEN
 
     def coefficients(self, batch: TokenBatch) -> Coefficients:
@@ -118,6 +121,7 @@ class ClippedSurrogate:
         return _weighted(
             batch,
             settings.kl_coefficient,
+            correction=rollout_correction(batch, settings),
             coefficient_N=torch.where(masked_N, 0.0, surrogate_N),
             loss_N=-torch.minimum(surrogate_N, bounded_N),
             ratio_N=ratio_N,
@@ -141,6 +145,7 @@ class Reinforce:
         return _weighted(
             batch,
             self.settings.kl_coefficient,
+            correction=None,
             coefficient_N=batch.advantage_N,
             loss_N=-batch.advantage_N * logprob_N,
             ratio_N=ratio_N,
@@ -168,6 +173,33 @@ def importance_ratio(batch: TokenBatch, anchor: str) -> tuple[Tensor, Tensor]:
     return batch.logprob_N, (batch.logprob_N - anchor_logprob_N).exp()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Correction:
+    """Weights of tokens between rollout and proximal policy [N], 0 where one is left out, and which met a bound."""
+
+    weight_N: Tensor
+    is_bounded_N: Tensor
+    is_out_N: Tensor
+
+
+def rollout_correction(batch: TokenBatch, settings: CispoSettings | _Clipped) -> Correction | None:
+    """pi_proximal / pi_rollout of each token, capped, or, outside of the bounds, with the token left out; None if off.
+
+    Truncated importance sampling, and IcePop's mask. Both policies are from before the update, so no gradient flows
+    through the weight.
+    """
+    if settings.rollout_correction == "none":
+        return None
+    if batch.proximal_logprob_N is None:
+        raise ValueError("the batch has no proximal logprobs; a logprob pass must come before the objective")
+    low, high = settings.correction_bounds
+    weight_N = (batch.proximal_logprob_N - batch.rollout_logprob_N).exp()
+    is_bounded_N = (weight_N < low) | (weight_N > high)
+    if settings.rollout_correction == "masked":
+        return Correction(torch.where(is_bounded_N, 0.0, weight_N), is_bounded_N, is_bounded_N)
+    return Correction(weight_N.clamp(max=high), is_bounded_N, torch.zeros_like(is_bounded_N))
+
+
 def reference_kl(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """The k3 estimate of the KL divergence to the reference policy and its coefficient, both [N], without weight.
 
@@ -186,6 +218,7 @@ def _weighted(
     batch: TokenBatch,
     kl_coefficient: float,
     *,
+    correction: Correction | None,
     coefficient_N: Tensor,
     loss_N: Tensor,
     ratio_N: Tensor,
@@ -193,8 +226,14 @@ def _weighted(
     clipped_low_N: Tensor,
     masked_N: Tensor,
 ) -> Coefficients:
-    """Add the KL term, multiply by the weight, leave out tokens outside the loss mask, and sum up what is logged."""
+    """Correct for the rollout policy, add the KL term, multiply by the weight, leave out tokens outside the loss mask.
+
+    What is logged is summed up. A token that the correction leaves out keeps its KL term.
+    """
     mask_N = batch.loss_mask_N
+    if correction is not None:
+        coefficient_N, loss_N = correction.weight_N * coefficient_N, correction.weight_N * loss_N
+        masked_N = masked_N | correction.is_out_N
 
     def total(values_N: Tensor) -> Tensor:
         return torch.where(mask_N, values_N.double(), 0.0).sum()
@@ -206,6 +245,9 @@ def _weighted(
         "clipped_low": total(clipped_low_N),
         "masked": total(masked_N),
     }
+    if correction is not None:
+        sums["correction"] = total(correction.weight_N)
+        sums["correction_bounded"] = total(correction.is_bounded_N)
     if kl_coefficient > 0:
         kl_N, kl_gradient_N = reference_kl(batch)
         coefficient_N = coefficient_N + kl_coefficient * kl_gradient_N

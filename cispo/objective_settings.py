@@ -5,11 +5,12 @@ in the ratio's denominator is named: `rollout` is the policy that sampled the to
 before the first update on the generation batch. The rules themselves are in `cispo/objective.py`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Anchor = Literal["rollout", "proximal"]
+Correction = Literal["none", "truncated", "masked"]
 Reduction = Literal["token", "prompt", "sample", "mixed", "constant"]
 
 
@@ -28,7 +29,62 @@ class _Settings(BaseModel):
         return getattr(self, "anchor", None) == "proximal"
 
 
-class CispoSettings(_Settings):
+class _AnchoredSettings(_Settings):
+    """What has an importance ratio: the policy in its denominator, and the step from the rollout policy to that one.
+
+    With the anchor `proximal` the ratio leaves out what lies between the rollout policy and the learner's before its
+    first update: tokens of older versions, and arithmetic that differs. A correction weighs a token by proximal over
+    rollout policy, and no gradient flows through it.
+    """
+
+    anchor: Anchor = "rollout"
+    """Policy in the ratio's denominator."""
+    rollout_correction: Correction = "none"
+    """With anchor `proximal`: `truncated` caps that weight, `masked` leaves out tokens where it is out of bounds."""
+    rollout_correction_min: float | None = None
+    """Least weight of a token that is not masked, in (0, 1]; null is 0.5."""
+    rollout_correction_max: float | None = None
+    """Cap of the weight, or with `masked` the largest of a token that stays; at least 1; null is 2, with `masked` 5."""
+
+    @property
+    def correction_bounds(self) -> tuple[float, float]:
+        """Least and largest weight; (0, max) where it is truncated."""
+        is_masked = self.rollout_correction == "masked"
+        low, high = (0.5, 5.0) if is_masked else (0.0, 2.0)
+        given_low, given_high = self.rollout_correction_min, self.rollout_correction_max
+        return (low if given_low is None else given_low), (high if given_high is None else given_high)
+
+    @field_validator("rollout_correction_max")
+    @classmethod
+    def _largest_is_at_least_one(cls, value: float | None) -> float | None:
+        if value is not None and not value >= 1:
+            raise ValueError(f"must be at least 1 or null, got {value:g}: a token of the newest weights has weight 1")
+        return value
+
+    @field_validator("rollout_correction_min")
+    @classmethod
+    def _least_is_at_most_one(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"must be in (0, 1] or null, got {value:g}: a token of the newest weights has weight 1")
+        return value
+
+    @model_validator(mode="after")
+    def _counts_once(self) -> Self:
+        if self.rollout_correction == "none":
+            given = [name for name in ("min", "max") if getattr(self, f"rollout_correction_{name}") is not None]
+            if given:
+                raise ValueError(f"rollout_correction_{given[0]} does nothing while rollout_correction is none")
+        elif self.anchor == "rollout":
+            raise ValueError(
+                f"rollout_correction is {self.rollout_correction} with anchor rollout: the ratio to the rollout policy "
+                "is in the objective already and would count twice; set anchor to proximal, or the correction to none"
+            )
+        if self.rollout_correction == "truncated" and self.rollout_correction_min is not None:
+            raise ValueError("rollout_correction_min is for rollout_correction masked; truncated has a cap alone")
+        return self
+
+
+class CispoSettings(_AnchoredSettings):
     """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5) with the optional token mask of its eq. 6 and 7."""
 
     name: Literal["cispo"] = "cispo"
@@ -36,8 +92,6 @@ class CispoSettings(_Settings):
     """Cap on the importance ratio, absolute, at least 1; `.inf` removes it."""
     ratio_min: float = 0.0
     """Floor of the importance ratio, absolute, in [0, 1]; above 0 only with `mask_ratio_low`."""
-    anchor: Anchor = "rollout"
-    """Policy in the ratio's denominator."""
     reduction: Literal["token", "prompt", "sample", "mixed"] = "prompt"
     """How tokens are averaged over a mini batch; `prompt` is eq. 4 as printed, `token` is what most code bases do."""
     mixed_sample_weight: float | None = Field(default=None, ge=0, le=1)
@@ -93,15 +147,13 @@ class CispoSettings(_Settings):
         return self
 
 
-class _ClippedSettings(_Settings):
+class _ClippedSettings(_AnchoredSettings):
     """Bounds of the clipped surrogate that GRPO, DAPO and Dr. GRPO share."""
 
     clip_low: float = 0.8
     """Lower bound of the importance ratio, absolute, in [0, 1]."""
     clip_high: float = 1.2
     """Upper bound of the importance ratio, absolute, at least 1."""
-    anchor: Anchor = "rollout"
-    """Policy in the ratio's denominator."""
 
     @field_validator("clip_low")
     @classmethod

@@ -13,7 +13,9 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from cispo.broadcast import checksum_of
 from cispo.errors import CheckpointError
+from cispo.kernels.digest import Part, digests
 from cispo.parallel.parallelise import local
 from cispo.parallel.ranks import ALONE, Ranks
 from cispo.parallel.shards import Shard
@@ -108,6 +110,15 @@ class MasterAdamW:
         for name, parameter in self._parameters.items():
             yield name, self._shards[name].gather(local(parameter.detach()), self._ranks)
 
+    def weights_checksum(self) -> str:
+        """`cispo.broadcast.weights_checksum` of the whole weights, in the dtype they are computed in; collective.
+
+        None is gathered: ranks add up the digests of what they hold.
+        """
+        sums_P = digests([self._part(name, parameter) for name, parameter in self._parameters.items()])
+        kinds = {name: (self._shards[name].shape, p.dtype) for name, p in self._parameters.items()}
+        return checksum_of(kinds, self._ranks.add_up(sums_P))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Masters, moments and the update count by name, for safetensors; collective.
 
@@ -143,6 +154,13 @@ class MasterAdamW:
         for master in self._masters.values():
             self._adamw.state[master]["step"].fill_(self.updates)
         self._round_into_parameters()
+
+    def _part(self, name: str, parameter: nn.Parameter) -> Part:
+        """Of a weight, what this rank answers for; the first for what all have."""
+        shard, held, rank = self._shards[name], local(parameter.detach()), self._ranks.rank
+        if shard.bounds is None:
+            return Part(held if rank == 0 else held[:0])
+        return Part.of(held, shard.shape, shard.dim, shard.bounds[rank][0])
 
     def _own_state(self) -> Iterator[tuple[str, Tensor]]:
         """Masters and moments as this rank has them."""

@@ -3,53 +3,83 @@
 import math
 from dataclasses import dataclass
 
+from cispo.errors import RecipeError
 from cispo.recipe.schema import TrainRecipe
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """colocated: engine and learner in one actor. GPU shares are Ray's num_gpus, 0 on a machine without."""
+    """colocated: engine and learner in one actor. learner_threads: of one rank.
+
+    GPU shares are Ray's num_gpus, of a rollout worker and of a learner rank; 0 on a machine without. GPUs are numbered
+    as the run takes them: learner ranks have the first ones, one each. rollout_places: the GPU of each rollout worker.
+    """
 
     colocated: bool
     rollout_threads: int
     learner_threads: int
     rollout_gpus: float
     learner_gpus: float
+    learner_ranks: int = 1
+    rollout_places: tuple[int, ...] = ()
+
+    @property
+    def gpus(self) -> int:
+        """How many the run takes."""
+        return max(self.learner_ranks, *(place + 1 for place in self.rollout_places)) if self.rollout_places else 0
+
+    @property
+    def has_gpus_apart(self) -> bool:
+        """Whether no GPU has both a learner rank and a rollout worker, so that weights may go from one to the other."""
+        return bool(self.rollout_places) and min(self.rollout_places) >= self.learner_ranks
 
 
 def place(recipe: TrainRecipe, *, cores: int, gpus: float) -> Placement:
-    """The placement of a recipe's actors on so many CPU cores and GPUs."""
-    workers = recipe.rollout.workers
+    """The placement of a recipe's actors on so many CPU cores and GPUs.
+
+    RecipeError where there are GPUs, but not one for each learner rank.
+    """
+    workers, ranks = recipe.rollout.workers, recipe.resources.learner_ranks
     uses_gpu = recipe.policy.device != "cpu" and gpus > 0
     colocated = _is_colocated(recipe, is_single_gpu=uses_gpu and gpus < 2)
     is_ahead = recipe.rollout.max_off_policy_steps > 0 and not colocated
     # Side by side they share the cores; in turns each has all of them.
     rollout_cores = max(1, cores // 2) if is_ahead and not uses_gpu else cores
     learner_cores = max(1, cores - rollout_cores) if is_ahead and not uses_gpu else cores
-    rollout_gpus, learner_gpus = _gpu_shares(workers, gpus, colocated=colocated) if uses_gpu else (0.0, 0.0)
+    on_gpus = _on_gpus(workers, ranks, int(gpus), colocated=colocated) if uses_gpu else (0.0, 0.0, ())
+    rollout_gpus, learner_gpus, places = on_gpus
     return Placement(
         colocated=colocated,
         rollout_threads=max(1, rollout_cores // workers),
-        learner_threads=learner_cores,
+        learner_threads=max(1, learner_cores // ranks),
         rollout_gpus=rollout_gpus,
         learner_gpus=learner_gpus,
+        learner_ranks=ranks,
+        rollout_places=places,
     )
 
 
 def _is_colocated(recipe: TrainRecipe, *, is_single_gpu: bool) -> bool:
-    wanted = recipe.resources.placement
-    return wanted == "colocated" or (wanted == "auto" and is_single_gpu and recipe.rollout.workers == 1)
+    wanted, is_one_each = recipe.resources.placement, recipe.rollout.workers == recipe.resources.learner_ranks == 1
+    return wanted == "colocated" or (wanted == "auto" and is_single_gpu and is_one_each)
 
 
-def _gpu_shares(workers: int, gpus: float, *, colocated: bool) -> tuple[float, float]:
-    """Of a rollout worker and of the learner. With several GPUs the learner has one to itself."""
+def _on_gpus(workers: int, ranks: int, gpus: int, *, colocated: bool) -> tuple[float, float, tuple[int, ...]]:
+    """Shares of a rollout worker and of a learner rank, and the workers' GPUs: those that the learner leaves free, or,
+    where it leaves none, its own.
+    """
     if colocated:
-        return 1.0, 1.0
-    if gpus < 2:
-        share = gpu_share(1 + workers)
-        return share, share
-    each = (gpus - 1) / workers
-    return (float(math.floor(each)) if each >= 1 else gpu_share(math.ceil(workers / (gpus - 1)))), 1.0
+        return 1.0, 1.0, (0,)
+    if gpus < ranks:
+        raise RecipeError(
+            f"resources.learner_ranks is {ranks}, but there are {gpus} GPUs and each rank needs one of its own; "
+            "lower it, or set policy.device to cpu"
+        )
+    own = min(gpus - ranks, workers)
+    if own:
+        return gpu_share(math.ceil(workers / own)), 1.0, tuple(ranks + worker % own for worker in range(workers))
+    share = gpu_share(1 + math.ceil(workers / ranks))
+    return share, share, tuple(worker % ranks for worker in range(workers))
 
 
 def gpu_share(actors: int) -> float:

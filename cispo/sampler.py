@@ -10,7 +10,7 @@ prompt is to blame: it is quarantined, and the run goes on without it.
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,13 +129,23 @@ class Sampler:
 
     def wait_for(self, reference: Any, *, timeout_s: float, what: str) -> Any:
         """The value of another actor's answer; groups go on meanwhile. Errors as `await_result`'s."""
+        return self.wait_for_all({reference: what}, timeout_s=timeout_s)[0]
+
+    def wait_for_all(self, waits: Mapping[Any, str], *, timeout_s: float) -> list[Any]:
+        """The values of several answers, in order; the first error among them ends the wait.
+
+        waits: what each reference is waited for, in words.
+        """
         deadline = time.perf_counter() + timeout_s
-        while True:
-            answered = self._turn(deadline - time.perf_counter(), reference)
-            if answered == reference:
-                return await_result(reference, timeout_s=0, what=what)
+        values: dict[Any, Any] = {}
+        while len(values) < len(waits):
+            waiting = [reference for reference in waits if reference not in values]
+            answered = self._turn(deadline - time.perf_counter(), waiting)
             if answered is None:
-                raise DeadlineError(f"waited {timeout_s:g} s for {what}")
+                raise DeadlineError(f"waited {timeout_s:g} s for {'; '.join(waits[one] for one in waiting)}")
+            if answered in waits:
+                values[answered] = await_result(answered, timeout_s=0, what=waits[answered])
+        return [values[reference] for reference in waits]
 
     def counts(self) -> tuple[float, dict[str, int]]:
         """Seconds that rollout workers have sampled, and deaths by role, since the last call."""
@@ -143,6 +153,10 @@ class Sampler:
         self._busy_s = 0.0
         self._deaths_by_role.clear()
         return found
+
+    def count_death(self, role: str) -> None:
+        """One that was seen elsewhere."""
+        self._deaths_by_role[role] += 1
 
     @property
     def has_work(self) -> bool:
@@ -163,10 +177,10 @@ class Sampler:
             waiting.clear()
         self._sampled_at.clear()
 
-    def _turn(self, timeout_s: float, other: Any = None) -> Any:
+    def _turn(self, timeout_s: float, others: Sequence[Any] = ()) -> Any:
         """Let one thing happen: the reference that answered, or None where none did in time."""
         self._deal()
-        waited = [*self._slices, *self._scoring, *([] if other is None else [other])]
+        waited = [*self._slices, *self._scoring, *others]
         ready, _ = ray.wait(waited, timeout=max(0.0, timeout_s)) if waited else ([], [])
         if not ready:
             return None

@@ -239,12 +239,11 @@ def wait_for_end(control: socket.socket, pid: int, witness: "Witness | None") ->
             ready = dict(poll.poll())
             told = ready.pop(witness.testimony.fileno(), 0) if witness is not None else 0
             if witness is not None and told & select.POLLIN:
-                witness.note(pid)
-                continue
+                witness.note(pid)  # one, and then the others have their turn: a program can call as fast as it is heard
+            elif witness is not None and told:  # it hangs up: nobody is under the filter any more
+                poll.unregister(witness.testimony)
             if pidfd in ready:
                 return False
-            if witness is not None and told:  # it hangs up: nobody is under the filter any more
-                poll.unregister(witness.testimony)
             if not ready:
                 continue
             packet = control.recv(MAX_PACKET_BYTES)

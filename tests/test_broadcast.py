@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cispo.broadcast import pack_weights, verify_receipt, weights_checksum
+from cispo.broadcast import Proof, Weights, pack_weights, verify_receipt, weights_checksum
 from cispo.errors import BroadcastError
 
 
@@ -20,9 +20,13 @@ def some_tensors() -> dict[str, Tensor]:
     }
 
 
+def packed(version: int, tensors: dict[str, Tensor]) -> Weights:
+    return pack_weights(Proof(version, weights_checksum(tensors)), tensors.items())
+
+
 def test_tensors_arrive_bit_for_bit_in_their_own_dtype_and_memory() -> None:
     sent = some_tensors()
-    weights = pickle.loads(pickle.dumps(pack_weights(3, sent)))
+    weights = pickle.loads(pickle.dumps(packed(3, sent)))
     arrived = weights.tensors()
     assert list(arrived) == list(sent)
     for name, tensor in sent.items():
@@ -53,7 +57,7 @@ def test_the_checksum_sees_names_values_shapes_and_dtypes_but_not_the_order() ->
 
 
 def test_a_receipt_must_agree_in_version_and_checksum() -> None:
-    sent = pack_weights(4, some_tensors())
+    sent = packed(4, some_tensors()).proof
     verify_receipt("rollout:1", sent, 4, sent.checksum)
     for version, checksum in ((3, sent.checksum), (4, "0" * 32)):
         with pytest.raises(BroadcastError, match=f"rollout:1 holds weights version {version} with checksum {checksum}"):

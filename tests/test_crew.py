@@ -123,8 +123,9 @@ def test_weights_with_another_checksum_are_refused(crew: Crew, monkeypatch: pyte
 
     stand_in: Any = ray.remote(Liar)
     assert crew._learner is not None
+    learner = crew._learner.first
     with monkeypatch.context() as lying:
-        lying.setattr(crew._learner, "actor", stand_in.options(num_cpus=0).remote(crew._learner.actor))
+        lying.setattr(learner, "actor", stand_in.options(num_cpus=0).remote(learner.actor))
         with pytest.raises(BroadcastError, match=r"rollout:0 holds weights version \d+ with .* checksum 0{32};"):
             crew.broadcast()
         # A worker with groups in hand takes weights unseen; then what it samples is not used.

@@ -170,7 +170,7 @@ def test_a_reward_that_kills_its_process_is_an_error_of_that_group_alone(crew: C
 def test_a_learner_that_dies_is_named_and_starts_again(crew: Crew) -> None:
     assert crew._learner is not None
     first = crew.sample_and_score(requests(PROMPTS), lambda *_: None)
-    ray.kill(crew._learner.actor)
+    ray.kill(crew._learner.first.actor)
     with pytest.raises(LearnerLostError, match="learner to train in step 1"):
         crew.train(first.groups, 1)
     crew.restart_learner()

@@ -24,6 +24,8 @@ EVERY_OBJECTIVE: list[dict[str, object]] = [
     {"name": "grpo", "kl_coefficient": 0.04, "anchor": "proximal"},
     {"name": "dapo"},
     {"name": "dr_grpo", "normaliser_tokens": 7},
+    {"name": "cispo", "anchor": "proximal", "rollout_correction": "truncated", "kl_coefficient": 0.2},
+    {"name": "dapo", "anchor": "proximal", "rollout_correction": "masked", "rollout_correction_max": 3.0},
     {"name": "reinforce"},
     {"name": "reinforce", "kl_coefficient": 0.1},
 ]
@@ -75,6 +77,13 @@ def paper_loss(settings: ObjectiveSettings, batch: TokenBatch) -> Callable[[Tens
             else:
                 clipped = torch.clamp(ratio, settings.clip_low, settings.clip_high)
                 terms = torch.minimum(ratio * batch.advantage_N, clipped * batch.advantage_N)
+        if settings.name != "reinforce" and settings.rollout_correction != "none":
+            assert batch.proximal_logprob_N is not None
+            weight = torch.exp(batch.proximal_logprob_N - batch.rollout_logprob_N)
+            if settings.rollout_correction == "truncated":
+                terms = torch.minimum(weight, torch.tensor(2.0)) * terms
+            else:
+                terms = torch.where((weight >= 0.5) & (weight <= 3.0), weight * terms, torch.zeros_like(terms))
         if settings.kl_coefficient:
             assert batch.reference_logprob_N is not None
             k3 = (batch.reference_logprob_N - logprob).exp() - (batch.reference_logprob_N - logprob) - 1
@@ -177,6 +186,31 @@ def test_what_is_counted() -> None:
     assert got.coefficient_N.tolist() == pytest.approx([0, 1, 3, 0, -5, 0])
     clipped = coefficients({"name": "grpo"}, batch)
     assert (float(clipped.sums["clipped_high"]), float(clipped.sums["clipped_low"])) == (2, 1)
+
+
+def test_what_a_correction_counts() -> None:
+    weight = torch.tensor([0.3, 0.6, 1.0, 4.0, 6.0, 9.0], dtype=torch.float64)
+    count = len(weight)
+    batch = TokenBatch(
+        logprob_N=torch.full((count,), -2.0, dtype=torch.float64),
+        rollout_logprob_N=-2.0 - weight.log(),
+        proximal_logprob_N=torch.full((count,), -2.0, dtype=torch.float64),
+        advantage_N=torch.ones(count, dtype=torch.float64),
+        loss_mask_N=torch.tensor([True] * 5 + [False]),
+        weight_N=torch.ones(count),
+        sequence_N=torch.zeros(count, dtype=torch.int64),
+        group_N=torch.zeros(count, dtype=torch.int64),
+        policy_version_N=torch.zeros(count, dtype=torch.int64),
+    )
+    corrected = {"name": "cispo", "anchor": "proximal"}
+    capped = coefficients({**corrected, "rollout_correction": "truncated"}, batch)
+    assert capped.coefficient_N.tolist() == pytest.approx([0.3, 0.6, 1, 2, 2, 0])
+    masked = coefficients({**corrected, "rollout_correction": "masked"}, batch)
+    assert masked.coefficient_N.tolist() == pytest.approx([0, 0.6, 1, 4, 0, 0])
+    counted = ("correction", "correction_bounded", "masked")
+    found = [[float(got.sums[name]) for name in counted] for got in (capped, masked)]
+    assert found == [pytest.approx([5.9, 2, 0]), pytest.approx([5.6, 2, 2])]
+    assert "correction" not in coefficients(corrected, batch).sums
 
 
 def test_kl_to_the_reference_is_k3_and_pulls_towards_it() -> None:

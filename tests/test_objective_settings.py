@@ -29,6 +29,18 @@ OBJECTIVE: TypeAdapter[ObjectiveSettings] = TypeAdapter(ObjectiveSettings)
         ({"name": "grpo", "clip_high": 0.2}, "not 0.2"),
         ({"name": "grpo", "clip_low": 1.2}, "not 0.2"),
         ({"name": "dr_grpo", "normaliser_tokens": 0}, "normaliser_tokens"),
+        ({"name": "cispo", "rollout_correction": "truncated"}, "count twice"),
+        ({"name": "grpo", "rollout_correction": "masked"}, "count twice"),
+        ({"name": "cispo", "anchor": "proximal", "rollout_correction_max": 3.0}, "does nothing"),
+        (
+            {"name": "cispo", "anchor": "proximal", "rollout_correction": "truncated", "rollout_correction_min": 0.5},
+            "a cap alone",
+        ),
+        (
+            {"name": "dapo", "anchor": "proximal", "rollout_correction": "masked", "rollout_correction_max": 0.9},
+            "newest weights",
+        ),
+        ({"name": "reinforce", "rollout_correction": "masked"}, "rollout_correction"),
         ({"name": "ppo"}, "cispo"),
     ],
 )

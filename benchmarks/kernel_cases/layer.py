@@ -1,8 +1,9 @@
 """A whole decoder layer of M1's kind, and what batch invariance costs it: beside the same layer on library calls.
 
 The peers are the layer with its products by the library at every row count and, where there is one, the library's
-attention in place of ours: none of them promises a row the same bits in training and decode. Errors are the median over
-tokens of the difference to such a layer, since a token near a router's tie may take another expert.
+softmax attention in place of ours: none of them promises a row the same bits in training and decode. fla's lightning
+attention, beside ours in `lightning.py`, would make the layer slower. Errors are the median over tokens of the
+difference to such a layer, since a token near a router's tie may take another expert.
 
 N packed tokens, B sequences, H heads, K key heads, D head dim.
 """
@@ -19,8 +20,6 @@ from torch import Tensor
 from cispo.kernels.chunks import ChunkGrid, chunk_grid
 from cispo.kernels.gpu import experts
 from cispo.kernels.gpu.rotary import rotate, rotate_back
-from cispo.kernels.lightning_attention import Decays
-from cispo.kernels.norm import gated_norm
 from cispo.kernels.softmax_cpu import Pages
 from cispo.model import mixers
 from cispo.model.cache import DecodeCache
@@ -28,11 +27,6 @@ from cispo.model.config import LIGHTNING, SOFTMAX, ModelConfig
 from cispo.model.decoder import Layer, Rows
 from cispo.model.mixers import rotary_table
 from kernel_cases import Case, Machine, graphed
-
-try:
-    from fla.ops.simple_gla import chunk_simple_gla
-except ImportError:
-    chunk_simple_gla = None
 
 Work = Callable[[], object]
 Works = Mapping[str, Work]
@@ -67,14 +61,6 @@ def _rows(tokens: int) -> Rows:
 
 def _rotary(positions: Tensor) -> Tensor:
     return rotary_table(positions, CONFIG.rotary_dim, CONFIG.rope_theta)
-
-
-def _fla(qkv_gate: Tensor, norm: Tensor, epsilon: float, slopes: Decays, grid: ChunkGrid) -> Tensor:
-    """Lightning attention by fla, for sequences of one length; norm and gate stay ours."""
-    qkv, gate = qkv_gate.split([3 * norm.numel(), norm.numel()], dim=1)
-    parts = F.silu(qkv).view(len(grid.lengths), -1, CONFIG.heads, 3, CONFIG.head_dim).unbind(3)
-    out = chunk_simple_gla(*(x.contiguous() for x in parts), g_gamma=-slopes.slopes_H, scale=1.0)[0]
-    return gated_norm(out.reshape(len(qkv), -1), gate, norm, epsilon)
 
 
 class _Rotated(torch.autograd.Function):
@@ -143,8 +129,6 @@ def _peers(mixer: str, work: Work) -> Works:
     found: dict[str, Work] = {"library products": _patched(work)}
     if mixer == SOFTMAX:
         found["library products and SDPA"] = _patched(work, softmax_attention=_sdpa)
-    elif chunk_simple_gla:
-        found["library products and fla"] = _patched(work, gated_lightning_attention=_fla)
     return found
 
 

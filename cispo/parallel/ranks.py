@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -21,14 +22,15 @@ class RankSettings:
     """What a process must be told to become one rank of a learner.
 
     rank: its number, from 0 to world_size - 1. init_method: where the ranks meet, as `torch.distributed` takes it:
-    `tcp://host:port` of rank 0's machine, or `file:///path` of a file that does not exist yet, on a disk that all see.
-    expert_parallel: ranks that share the experts of a layer among them; it must divide world_size. timeout_s: how long
-    a rank waits for the others before it fails. ValueError for settings that make no group.
+    `tcp://host:port` of rank 0's machine, or `file:///path` of a file that does not exist yet, on a disk that all see;
+    None for ranks that join with a store. expert_parallel: ranks that share the experts of a layer among them; it must
+    divide world_size. timeout_s: how long a rank waits for the others before it fails. ValueError for settings that
+    make no group.
     """
 
     rank: int
     world_size: int
-    init_method: str
+    init_method: str | None = None
     expert_parallel: int = 1
     timeout_s: float = 600.0
 
@@ -57,8 +59,11 @@ class Ranks:
     expert_mesh: DeviceMesh | None = None
 
     @classmethod
-    def join(cls, settings: RankSettings, device: torch.device) -> Self:
-        """Meet the other ranks; collective. device: this rank's own GPU (NCCL), or the CPU (gloo)."""
+    def join(cls, settings: RankSettings, device: torch.device, store: Store | None = None) -> Self:
+        """Meet the other ranks; collective. device: this rank's own GPU (NCCL), or the CPU (gloo).
+
+        store: one that all ranks share, in place of an init_method.
+        """
         if settings.world_size == 1:
             return cls(device=device)
         if device.type == "cuda":
@@ -68,6 +73,7 @@ class Ranks:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             init_method=settings.init_method,
+            store=store,
             rank=settings.rank,
             world_size=settings.world_size,
             timeout=timedelta(seconds=settings.timeout_s),

@@ -30,7 +30,8 @@ FileMistake = tuple[SettingPath, str]
 def train_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
     """What `cispo train` would miss, each with the setting that names it."""
     routing = {"routing_replay": recipe.learner.routing_replay} | _router_loss(recipe)
-    found = policy_mistakes(recipe.policy.path, recipe.base_path) or _routing_mistakes(recipe, routing)
+    found = policy_mistakes(recipe.policy.path, recipe.base_path)
+    found = found or _routing_mistakes(recipe, routing) + _expert_mistakes(recipe)
     rewards, columns = _reward_mistakes(recipe)
     found += _data_mistakes(("data",), recipe.data, recipe.base_path, columns) or _task_mistakes(recipe)
     if recipe.evaluation is not None:
@@ -104,6 +105,23 @@ def _routing_mistakes(recipe: TrainRecipe | SftRecipe, is_on: Mapping[str, bool]
         return []
     text = f"is on, but no layer of {folder} chooses among experts; leave it out"
     return [(("learner", name), text) for name in asking]
+
+
+def _expert_mistakes(recipe: TrainRecipe) -> list[FileMistake]:
+    """Experts that cannot be shared among so many ranks, of a policy folder in which nothing else is amiss."""
+    together = recipe.resources.expert_parallel
+    if together == 1:
+        return []
+    folder = resolve_policy(recipe.policy.path, base_path=recipe.base_path)
+    config = _read_config(folder / "config.json")
+    text = f"is {together}, but "
+    if not config.routed_layers:
+        text += f"no layer of {folder} chooses among experts; set it to 1"
+    elif config.experts % together:
+        text += f"a layer of {folder} has {config.experts} experts; choose a divisor"
+    else:
+        return []
+    return [(("resources", "expert_parallel"), text)]
 
 
 def _read_config(file: Path) -> ModelConfig:

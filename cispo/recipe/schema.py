@@ -246,6 +246,10 @@ class ResourcesSettings(Section):
 
     placement: Literal["auto", "colocated", "split"] = "auto"
     """`colocated` has engine and learner in one process over one copy of the weights, which `auto` takes on one GPU."""
+    learner_ranks: int = Field(default=1, ge=1)
+    """Processes that the learner and its weights are spread over; on GPUs each has one of its own."""
+    expert_parallel: int = Field(default=1, ge=1)
+    """Learner ranks that share the experts of a layer; it must divide learner_ranks and the number of experts."""
 
 
 class TrainRecipe(Section):
@@ -310,6 +314,21 @@ class TrainRecipe(Section):
             raise ValueError(
                 f"resources.placement is colocated with rollout.workers {self.rollout.workers}: engine and learner "
                 "share one process; set rollout.workers to 1, or placement to split"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_make_groups(self) -> "TrainRecipe":
+        resources = self.resources
+        if resources.learner_ranks % resources.expert_parallel:
+            raise ValueError(
+                f"resources.expert_parallel is {resources.expert_parallel} with resources.learner_ranks "
+                f"{resources.learner_ranks}: so many ranks share the experts of a layer; it must divide the latter"
+            )
+        if resources.placement == "colocated" and resources.learner_ranks > 1:
+            raise ValueError(
+                f"resources.placement is colocated with resources.learner_ranks {resources.learner_ranks}: engine and "
+                "learner share one process; set learner_ranks to 1, or placement to split"
             )
         return self
 

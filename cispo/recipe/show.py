@@ -33,7 +33,7 @@ def train_plan(recipe: TrainRecipe) -> str:
         ("tokens a step", f"at most {completions * rollout.max_completion_tokens:,} in completions"),
         ("updates a step", f"{learner.updates_per_step}, so {learner.updates_per_step * recipe.steps:,} in the run"),
         ("evaluations", _evaluations(recipe)),
-        ("actors", f"{rollout.workers} rollout, {recipe.sandbox.workers} reward, 1 learner"),
+        ("actors", f"{rollout.workers} rollout, {recipe.sandbox.workers} reward, {_learner(recipe)}"),
         *_memory_rows(recipe),
     ]
     return _table(rows)
@@ -63,7 +63,7 @@ def _memory_rows(recipe: TrainRecipe) -> list[tuple[str, str]]:
     each = f", in each of {rollout.workers}" if rollout.workers > 1 else ""
     rows = [
         ("policy", f"{memory.parameters:,} parameters in {recipe.policy.dtype}"),
-        ("memory, learner", _learner_memory(memory.learner)),
+        ("memory, learner", _learner_memory(memory.learner, recipe.resources.learner_ranks)),
         ("memory, rollout", f"{weights}, {size_text(memory.engine_caches)} of caches for {sequences}{each}"),
     ]
     if memory.reference:
@@ -71,8 +71,18 @@ def _memory_rows(recipe: TrainRecipe) -> list[tuple[str, str]]:
     return rows
 
 
-def _learner_memory(held: int) -> str:
-    return f"{size_text(held)} of weights, gradients and optimiser; activations of one micro batch on top"
+def _learner(recipe: TrainRecipe) -> str:
+    """The learner and its ranks, where there are several."""
+    ranks, together = recipe.resources.learner_ranks, recipe.resources.expert_parallel
+    if ranks == 1:
+        return "1 learner"
+    experts = f", each layer's experts shared by {together}" if together > 1 else ""
+    return f"1 learner of {ranks} ranks over which its weights are sharded{experts}"
+
+
+def _learner_memory(held: int, ranks: int = 1) -> str:
+    each = f", {size_text(-(-held // ranks))} in each rank" if ranks > 1 else ""
+    return f"{size_text(held)} of weights, gradients and optimiser{each}; activations of one micro batch on top"
 
 
 def _evaluations(recipe: TrainRecipe) -> str:

@@ -9,6 +9,7 @@ B sequences of a step.
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -255,12 +256,21 @@ class Engine:
         strange = [name for name, parameter in parameters.items() if parameter.shape != tensors[name].shape]
         if strange:
             raise ValueError(f"weights of version {version} have other shapes: {', '.join(strange)}; none was taken")
-        if caches == "recompute":
-            self._settle()
-            self._forget_states()
-        with torch.no_grad():
+        with torch.no_grad(), self.changing_weights(version, caches=caches):
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
+
+    @contextmanager
+    def changing_weights(self, version: int, *, caches: Literal["keep", "recompute"] = "keep") -> Iterator[None]:
+        """For who writes new weights over the decoder's own, between two steps; `update_weights` where they are whole.
+
+        All of them must be written, or the engine holds no policy any more.
+        """
+        if caches == "recompute":
+            with torch.inference_mode():
+                self._settle()
+                self._forget_states()
+        yield
         self.policy_version = version
 
     def _forget_states(self) -> None:

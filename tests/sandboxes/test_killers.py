@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,22 @@ def test_its_own_doing_is_its_verdict_at_once(opened: Sandbox, name: str) -> Non
 def test_who_kills_children_of_its_own_goes_on(opened: Sandbox, name: str) -> None:
     verdict = judge_stdin(opened, HONEST[name], [{"stdin": "", "expected": "9"}], LIMITS)
     assert verdict.status is VerdictStatus.OK, verdict
+
+
+def test_calls_without_end_keep_nobody_from_stopping_it(opened: Sandbox) -> None:
+    """Eight processes signal themselves as fast as they can, and each signal waits for whoever looks on."""
+    flood = """
+import os, signal
+signal.signal(15, signal.SIG_IGN)
+for _ in range(3):
+    os.fork()
+while True:
+    os.kill(os.getpid(), 15)
+"""
+    started = time.monotonic()
+    result = opened.run([opened.capabilities().python, "-S", "-c", flood], limits=replace(LIMITS, wall_s=2.0))
+    assert result.status is ExecStatus.TIMEOUT
+    assert time.monotonic() - started < 25.0
 
 
 def test_an_unsafe_program_is_told_from_its_killers_too() -> None:

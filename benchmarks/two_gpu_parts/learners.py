@@ -1,0 +1,69 @@
+"""Learners with random policies and the groups that they train on, the same on every rank."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cispo.advantage import AdvantageSettings
+from cispo.learner import Learner
+from cispo.learner_settings import LearnerSettings
+from cispo.model.config import ModelConfig
+from cispo.objective_settings import CispoSettings
+from cispo.parallel.ranks import ALONE, Ranks
+from cispo.types import Prompt, Rollout, Score, ScoredGroup, StopReason, Turn
+from two_gpu_parts.common import new_decoder
+
+GROUP_SIZE = 4
+
+
+def new_learner(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tokens_per_micro_batch: int,
+    ranks: Ranks = ALONE,
+    activation_checkpointing: bool = False,
+) -> Learner:
+    settings = LearnerSettings(
+        learning_rate=1e-5,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+        activation_checkpointing=activation_checkpointing,
+    )
+    return Learner(
+        new_decoder(config, dtype, device),
+        objective=CispoSettings(),
+        advantage=AdvantageSettings(),
+        settings=settings,
+        temperature=1.0,
+        max_completion_tokens=4096,
+        total_updates=1000,
+        seed=0,
+        ranks=ranks,
+    )
+
+
+def groups_of(step: int, config: ModelConfig, *, groups: int, tokens: int) -> list[ScoredGroup]:
+    """Random completions of half to all of so many tokens, as a policy that knows nothing would have sampled them."""
+    rng = np.random.default_rng(step)
+    made = []
+    for index in range(groups):
+        prompt = rng.integers(0, config.vocabulary_size, tokens // 16).astype(np.int32)
+        rollouts = []
+        for place in range(GROUP_SIZE):
+            ids = rng.integers(0, config.vocabulary_size, int(rng.integers(tokens // 2, tokens + 1))).astype(np.int32)
+            logprobs = rng.normal(-math.log(config.vocabulary_size), 0.1, len(ids)).astype(np.float32)
+            turn = Turn(ids, np.ones(len(ids), np.bool_), logprobs, np.zeros(len(ids), np.int32))
+            rollouts.append(Rollout(f"p{index}", place, prompt, (turn,), StopReason.LENGTH, ""))
+        scores = tuple(Score(float(value)) for value in rng.random(GROUP_SIZE))
+        made.append(ScoredGroup(Prompt(f"p{index}", ""), tuple(rollouts), scores))
+    return made
+
+
+def free(path: Path | None = None) -> None:
+    """Give back what a learner that is gone held."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
