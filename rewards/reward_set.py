@@ -51,8 +51,7 @@ class RewardSet:
         self._limits = sandbox.limits()
         self._cache = VerdictCache()
         self._counters = Counters()
-        needs_sandbox = any(reward.takes("judge") or reward.takes("judge_task") for reward in self._rewards)
-        self._sandbox = _open(sandbox) if needs_sandbox else None
+        self._sandbox = _open(sandbox) if any(reward.needs_sandbox for reward in self._rewards) else None
         self._has_sandbox_failed = False
         self._length_bias = {
             reward.label: LengthBias(reward.label) for reward in self._rewards if reward.settings.name == "judge"
@@ -100,7 +99,10 @@ class RewardSet:
     def _run(self, reward: LoadedReward, group: Group) -> list[Score]:
         """The scores of one reward. Built-ins run side by side, the user's functions in turn unless they are async."""
         calls = [partial(self._call, reward, group, rollout) for rollout in group.rollouts]
-        if reward.is_built_in and not inspect.iscoroutinefunction(reward.function):
+        if reward.scores_groups:
+            whole = _outcome(partial(self._call_for_group, reward, group))
+            outcomes = whole if isinstance(whole, list) else [whole] * len(calls)
+        elif reward.is_built_in and not inspect.iscoroutinefunction(reward.function):
             outcomes = list(self._pool.map(_outcome, calls))
         else:
             outcomes = self._plugins.run_all(calls, reward.settings.timeout_s)
@@ -118,6 +120,11 @@ class RewardSet:
         # A function that changes a list of its row must not change it for the next completion or reward.
         row = group.prompt.row if reward.is_built_in else copy.deepcopy(dict(group.prompt.row))
         return reward.function(group.prompt.text, rollout.text, **reward.keywords(row, supplied))
+
+    def _call_for_group(self, reward: LoadedReward, group: Group) -> Any:
+        supplied = {"sandbox": self._sandbox, "limits": self._limits}
+        texts = [rollout.text for rollout in group.rollouts]
+        return reward.function(group.prompt.text, texts, **reward.keywords(group.prompt.row, supplied))
 
     def _watch_lengths(self, group: Group, columns: Sequence[Sequence[Score]]) -> None:
         """Show the scores of a model that grades to its LengthBias, by what other rewards say is correct."""

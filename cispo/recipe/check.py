@@ -17,7 +17,11 @@ from cispo.resources import BUNDLED, resolve_policy
 from cispo.rewards.code_schemas import missing_column
 from cispo.rewards.resolve import check_reward, keyword_parameters
 
-SUPPLIED = frozenset({"completion_length_tokens", "max_completion_tokens", "is_truncated", "judge", "judge_task"})
+SUPPLIED = frozenset(
+    {
+        "completion_length_tokens", "max_completion_tokens", "is_truncated", "judge", "judge_task", "sandbox", "limits",
+    }
+)  # fmt: skip
 """What a reward may take that is no column of the data: the reward worker gives it."""
 
 FileMistake = tuple[SettingPath, str]
