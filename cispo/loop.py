@@ -167,8 +167,7 @@ class _Run:
         if self._unsolved is not None:
             self._unsolved.record(groups)
             metrics.update({"group/left_out_solved": float(self._unsolved.left_out(step))})
-        if self._windows is not None:
-            self._record_lengths(self._windows, groups, metrics)
+        metrics.update(self._record_lengths(self._under_way.pop(step), groups))
         if self._evaluates_after(step):
             self._latest = self._evaluate()
             metrics.update(_metrics_of(self._latest))
@@ -198,7 +197,7 @@ class _Run:
             if ahead not in self._under_way:
                 self._under_way[ahead] = self._requests(ahead)
                 self.crew.submit(self._under_way[ahead])
-        collected = self.crew.collect(self._under_way.pop(step), self._progress("rollout"))
+        collected = self.crew.collect(self._under_way[step], self._progress("rollout"))
         metrics.update(collected.times)
         self._report_unsampled(step, collected)
         if collected.failed:
@@ -242,11 +241,16 @@ class _Run:
         self.folder.truncate_after(self.step)
         self.crew.broadcast()
 
-    def _record_lengths(self, windows: LengthWindows, groups: Sequence[ScoredGroup], metrics: StepMetrics) -> None:
+    def _record_lengths(self, requests: list[GroupRequest], groups: list[ScoredGroup]) -> dict[str, float]:
+        """A step's metrics of its window, the one it was handed out with; nothing without rollout.length_windows."""
+        windows, handed_out = self._windows, requests[0].stops.max_new_tokens
+        if windows is None or handed_out is None:
+            return {}
         before = windows.tokens
-        metrics.update(windows.record(groups))
+        metrics = windows.record(groups, handed_out)
         if windows.tokens != before:
-            self.views.message(f"completions may have {windows.tokens:,} tokens from now on, after {before:,}")
+            self.views.message(f"completions asked for from now on may have {windows.tokens:,} tokens, not {before:,}")
+        return metrics
 
     def _report_failed_rewards(self, step: int, scores: Sequence[Score]) -> None:
         """Say what a reward said. Where all failed nothing is left to learn from, so the run stops as it stands.

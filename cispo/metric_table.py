@@ -73,7 +73,7 @@ METRICS: tuple[Metric, ...] = (
            action="a steady rise towards the limit asks for an overlong penalty; a collapse hints at a hacked reward"),
     Metric("completion/length_tokens/p99", "99th percentile of lengths, with rollout.length_windows", "tokens"),
     Metric("completion/perplexity", "perplexity of the tokens sampled, with rollout.length_windows"),
-    Metric("completion/window_tokens", "new tokens that a completion of the next step may have", "tokens",
+    Metric("completion/window_tokens", "new tokens that a completion of this step might have", "tokens",
            action="it rises once perplexity has converged and length_tokens/p99 is near: see rollout.length_windows"),
     Metric("completion/length_tokens/max", "length of the longest completion", "tokens"),
     Metric("completion/frac_truncated", "share of completions cut off by their length limit or for repetition",

@@ -200,7 +200,10 @@ class DrGrpoSettings(_ClippedSettings):
 
     name: Literal["dr_grpo"] = "dr_grpo"
     normaliser_tokens: int | None = Field(default=None, ge=1)
-    """Constant that each sample's token sum is divided by; null takes the recipe's `max_completion_tokens`."""
+    """Constant that each sample's token sum is divided by; null takes the recipe's `max_completion_tokens`.
+
+    That is the last of `rollout.length_windows`, so a window that opens changes no weight of a token.
+    """
 
     @property
     def reduction(self) -> Reduction:

@@ -20,7 +20,10 @@ class LengthArgs(BaseModel):
     cache_tokens: int = Field(gt=0)
     """Width of the slope, in tokens."""
     max_tokens: int | None = Field(default=None, gt=0)
-    """The limit, in tokens; by default the recipe's rollout.max_completion_tokens."""
+    """The limit, in tokens; by default the recipe's rollout.max_completion_tokens, the last of its length_windows.
+
+    A slope before an earlier window would hold completions back from it, and the next might never open.
+    """
 
     @model_validator(mode="after")
     def _slope_fits(self) -> Self:

@@ -1,4 +1,4 @@
-"""A run that samples ahead: how old its tokens may be, whom it trains on, a kill, a dead learner, and its log."""
+"""A run that samples ahead: how old and long its tokens may be, whom it trains on, a kill, a dead learner, its log."""
 
 import json
 import os
@@ -37,6 +37,8 @@ def recipe(small_policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
             "max_completion_tokens": 24,
             "max_concurrent_completions": 8,
             "max_off_policy_steps": K,
+            # Gates that always hold: the window opens with the second step.
+            "length_windows": {"tokens": [12], "steps": 2, "perplexity_change": 1e9, "near": 0.01},
         },
         "rewards": [{"name": "lengths.py:reward"}],
         "sandbox": {"workers": 1},
@@ -56,10 +58,17 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def windows_of(run: Path) -> list[int]:
+    return [line["completion/window_tokens"] for line in lines(run)]
+
+
 def check_run(run: Path) -> None:
-    """Every step once, tokens within the bound, each prompt once in a pass over the data, and updates that repeat."""
+    """Every step once, tokens within bound and window, each prompt once in a pass, and updates that repeat."""
     assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1))
     assert max(line["off_policy/steps/max"] for line in lines(run)) <= K
+    windows = windows_of(run)
+    assert windows == sorted(windows) and windows[:2] == [12, 12] and windows[K + 2 :] == [24, 24]
+    assert all(line["completion/length_tokens/max"] <= line["completion/window_tokens"] for line in lines(run))
     records = read_schedule(run)
     assert sorted(records) == list(range(1, STEPS + 1))
     per_pass = 12 // PROMPTS_PER_STEP
@@ -80,6 +89,7 @@ def test_sampling_ahead_keeps_its_bound_and_its_log_repeats_it(
     finish(train(recipe, run), run)
     check_run(run)
     assert max(line["off_policy/steps/max"] for line in lines(run)) > 0
+    assert windows_of(run) == [12] * 4 + [24] * 2
     assert main(["replay", str(run), str(STEPS)]) == 0
     assert "as in the run" in capsys.readouterr().out
     assert main(["replay", str(run), "99"]) == 2

@@ -35,51 +35,69 @@ def test_both_gates_open_a_window_and_are_asked_anew() -> None:
     windows = LengthWindows(SETTINGS, 80)
     near = [*[10] * 60, *[38] * 40]
     for _ in range(3):
-        windows.record(groups(near))
+        windows.record(groups(near), windows.tokens)
         assert windows.tokens == 40, "four steps are looked at"
-    found = windows.record(groups(near))
+    found = windows.record(groups(near), windows.tokens)
     assert found == {
-        "completion/window_tokens": 60.0,
+        "completion/window_tokens": 40.0,
         "completion/perplexity": pytest.approx(3.0),
         "completion/length_tokens/p99": 38.0,
     }
     for _ in range(8):
-        windows.record(groups([53] * 10))
+        windows.record(groups([53] * 10), windows.tokens)
     assert windows.tokens == 60, "53 of 60 tokens are not near"
-    windows.record(groups([60] * 10))
+    windows.record(groups([60] * 10), windows.tokens)
     assert windows.tokens == 80
     for _ in range(8):
-        windows.record(groups([80] * 10))
+        windows.record(groups([80] * 10), windows.tokens)
     assert windows.tokens == 80, "the last"
 
 
 def test_few_long_completions_and_a_perplexity_that_moves_open_nothing() -> None:
     windows = LengthWindows(SETTINGS, 80)
     for _ in range(8):
-        windows.record(groups([*[10] * 199, 40]))
+        windows.record(groups([*[10] * 199, 40]), windows.tokens)
     assert windows.tokens == 40, "one completion in two hundred"
     windows = LengthWindows(SETTINGS, 80)
     for step in range(8):
-        windows.record(groups([40] * 4, perplexity=3.0 * 0.9**step))
+        windows.record(groups([40] * 4, perplexity=3.0 * 0.9**step), windows.tokens)
     assert windows.tokens == 40, "it falls by a tenth a step"
     for _ in range(4):
-        windows.record(groups([40] * 4, perplexity=1.4))
+        windows.record(groups([40] * 4, perplexity=1.4), windows.tokens)
     assert windows.tokens == 60
+
+
+def test_a_step_of_an_earlier_window_says_so_and_feeds_no_gate() -> None:
+    windows = LengthWindows(SETTINGS, 80)
+    for _ in range(4):
+        windows.record(groups([40] * 4), 40)
+    assert windows.tokens == 60
+    for _ in range(8):
+        # As long as the new window asks for, so that its gates would open if they were asked.
+        late = windows.record(groups([60] * 4, perplexity=5.0), 40)
+    assert late["completion/window_tokens"] == 40.0
+    assert late["completion/perplexity"] == pytest.approx(5.0)
+    assert windows.state_dict() == {"window_tokens": 60, "perplexities": []}
+    for step in range(4):
+        assert windows.tokens == 60, f"after {step} steps of the new window"
+        windows.record(groups([60] * 4), 60)
+        windows.record(groups([10] * 4, perplexity=50.0), 40)
+    assert windows.tokens == 80
 
 
 def test_a_step_without_groups_changes_nothing() -> None:
     windows = LengthWindows(SETTINGS, 80)
-    assert windows.record([]) == {}
+    assert windows.record([], windows.tokens) == {}
     assert windows.state_dict() == {"window_tokens": 40, "perplexities": []}
 
 
 def test_a_restored_one_goes_on_alike() -> None:
     left, restored = LengthWindows(SETTINGS, 80), LengthWindows(SETTINGS, 80)
     for _ in range(6):
-        left.record(groups([40] * 4))
+        left.record(groups([40] * 4), left.tokens)
     restored.load_state_dict(json.loads(json.dumps(left.state_dict())))
     for _ in range(4):
-        assert left.record(groups([60] * 4)) == restored.record(groups([60] * 4))
+        assert left.record(groups([60] * 4), left.tokens) == restored.record(groups([60] * 4), restored.tokens)
     assert restored.tokens == 80
     restored.load_state_dict({})
     assert restored.tokens == 40

@@ -15,7 +15,7 @@ import torch
 from cispo import loop
 from cispo.checkpoint import load_checkpoint, prune_checkpoints, write_checkpoint
 from cispo.crew import Crew, CrewCounts
-from cispo.errors import RewardError
+from cispo.errors import LearnerLostError, RewardError
 from cispo.evaluation import HeldoutSet
 from cispo.loop import _Run
 from cispo.recipe.schema import TrainRecipe
@@ -40,7 +40,11 @@ class ToyCrew:
 
     def __init__(self, recipe: TrainRecipe, kill: Callable[[str], None]) -> None:
         self._recipe, self._kill = recipe, kill
-        self._learner, self._rollout = (torch.tensor([1.0, 0.0], dtype=torch.float64) for _ in range(2))
+        self._rollout = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        self.restart_learner()
+
+    def restart_learner(self) -> None:
+        self._learner = torch.tensor([1.0, 0.0], dtype=torch.float64)
 
     def submit(self, requests: Sequence[GroupRequest]) -> None: ...
 
@@ -57,6 +61,7 @@ class ToyCrew:
     def quarantine(self, prompts: dict[str, str]) -> None: ...
 
     quarantined: ClassVar[dict[str, str]] = {}
+    weights_checksum: ClassVar[None] = None
 
     def counts(self) -> CrewCounts:
         return CrewCounts(1.0, 1.0, {})
@@ -127,6 +132,7 @@ def make_recipe(
     keep_best: str | None = None,
     drop: float | None = None,
     windows: dict[str, Any] | None = None,
+    ahead: int = 0,
 ) -> TrainRecipe:
     sections = {
         "name": "toy",
@@ -139,6 +145,7 @@ def make_recipe(
             "max_completion_tokens": 4,
             "drop_solved_at": drop,
             "length_windows": windows,
+            "max_off_policy_steps": ahead,
         },
         "rewards": [{"name": "length"}],
         "learner": {"learning_rate": 1e-3},
@@ -244,14 +251,54 @@ def test_windows_that_grow_are_the_same_in_a_run_that_was_killed(tmp_path: Path)
     expected = fingerprint(tmp_path / "alone")
     lines = json.loads(expected["metrics"])[1:]
     assert [line["completion/length_tokens/p99"] for line in lines] == [1, 1, 2, 2, 4, 4]
-    assert [line["completion/window_tokens"] for line in lines] == [1, 2, 2, 4, 4, 4]
-    assert sum("tokens from now on" in line for line in said) == 2
+    assert [line["completion/window_tokens"] for line in lines] == [1, 1, 2, 2, 4, 4]
+    assert sum("asked for from now on" in line for line in said) == 2
     for count in range(1, len(places) + 1, 3):
         path = tmp_path / f"killed_{count}"
         with pytest.raises(Killed):
             run(path, recipe, kill=kill_at(count, []))
         run(path, recipe, resume=True)
         assert expected.items() <= fingerprint(path).items(), f"killed at place {count}, {places[count - 1]}"
+
+
+WINDOWS_AHEAD = {"tokens": [1], "steps": 2}
+
+
+def windows_of(path: Path) -> list[tuple[int, int]]:
+    """Of each step, the window that is logged and the length of its completions, which all fill theirs."""
+    lines = json.loads(fingerprint(path)["metrics"])[1:]
+    return [(line["completion/window_tokens"], line["completion/length_tokens/p99"]) for line in lines]
+
+
+def test_steps_handed_out_ahead_keep_their_window_and_a_resumed_run_asks_for_them_with_the_new_one(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path / "alone", make_recipe(steps=6, windows=WINDOWS_AHEAD, ahead=2))
+    # The second step opens it; the third and the fourth are handed out by then.
+    assert windows_of(tmp_path / "alone") == [(1, 1)] * 4 + [(4, 4)] * 2
+    run(tmp_path / "resumed", make_recipe(steps=2, windows=WINDOWS_AHEAD, ahead=2))
+    state = load_checkpoint(tmp_path / "resumed" / "checkpoints" / "step_000002").loop_state
+    assert state["length_windows"] == {"window_tokens": 4, "perplexities": []}
+    run(tmp_path / "resumed", make_recipe(steps=6, windows=WINDOWS_AHEAD, ahead=2), resume=True)
+    assert windows_of(tmp_path / "resumed") == [(1, 1)] * 2 + [(4, 4)] * 4
+
+
+@pytest.mark.parametrize(
+    ("dies_in", "save_every", "late"),
+    # The checkpoint gone back to is of a step before the window opened, of the one that opened it, or of one after.
+    [(2, 1, 4), (3, 1, 2), (3, 3, 4), (5, 3, 3)],
+)
+def test_windows_go_back_with_a_learner_that_died(tmp_path: Path, dies_in: int, save_every: int, late: int) -> None:
+    trainings: list[str] = []
+
+    def die(place: str) -> None:
+        trainings.extend([place] * (place == "train"))
+        if place == "train" and len(trainings) == dies_in:
+            raise LearnerLostError("gone")
+
+    said = run(tmp_path / "toy", make_recipe(steps=6, save_every=save_every, windows=WINDOWS_AHEAD, ahead=2), kill=die)
+    assert any("the learner starts again" in line for line in said)
+    assert windows_of(tmp_path / "toy") == [(1, 1)] * late + [(4, 4)] * (6 - late)
 
 
 def test_a_run_killed_twice_in_the_same_place_is_the_same_run(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class RepetitionSettings(Section):
 
 
 class LengthWindowSettings(Section):
-    """Windows that completions of training grow through (cispo/length_windows.py); evaluations have the last."""
+    """Windows that completions of training grow through (cispo/length_windows.py); all else goes by the last."""
 
     tokens: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     """New tokens that a completion may have, stage by stage, rising; the last stage is `max_completion_tokens`."""
