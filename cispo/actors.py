@@ -50,6 +50,7 @@ class RolloutWorker(Shell):
         from cispo.rollout.gauges import EngineGauges
 
         rollout = recipe.rollout
+        self._receiver: Any = None
         self._checksum = ""
         self._caches_after_update = rollout.caches_after_update
         self._engine = Engine(
@@ -83,6 +84,19 @@ class RolloutWorker(Shell):
         self._engine.update_weights(weights.version, weights.tensors(), caches=self._caches_after_update)
         self._checksum = weights_checksum(dict(self._engine.decoder.named_parameters()))
         return self._engine.policy_version, self._checksum
+
+    def receive_weights(self, address: str, timeout_s: float, link: str) -> tuple[int, str]:
+        """Wait for weights through a link of the meeting at this address; the answer as `update_weights`'s."""
+        from cispo.devices import own_device
+        from cispo.weight_links import WeightReceiver
+
+        if self._receiver is None:
+            self._receiver = WeightReceiver(address, own_device(self._engine.decoder.head_weight.device), timeout_s)
+        # Where it fails half-way, nothing that is sampled afterwards passes for the policy's.
+        self._checksum = "incomplete"
+        held = self._receiver.receive(link, self._engine, self._caches_after_update)
+        self._checksum = held.checksum
+        return held.version, held.checksum
 
     def row_dependent_shapes(self) -> list[str]:
         """Shapes of this policy's products whose bits depend on the rows beside a row, on this machine."""
@@ -126,6 +140,7 @@ class LearnerActor(Shell):
     def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, rank: int = 0) -> None:
         prepare_process(threads)
         self._recipe, self._policy_path, self._rank = recipe, policy_path, rank
+        self._sender: Any = None
         if recipe.resources.learner_ranks == 1:
             self._open_learner(recipe, policy_path, load_decoder(recipe, policy_path))
 
@@ -178,6 +193,26 @@ class LearnerActor(Shell):
         weights = pack_weights(proof, (named for named in learner.each_weight() if rank == 0))
         return weights if rank == 0 else None
 
+    def send_weights(self, address: str, timeout_s: float, links: Sequence[str]) -> Any:
+        """Send the policy's weights through these links of the meeting at this address.
+
+        Returns what was sent, a `cispo.weight_links.SentWeights`, and None of ranks but the first.
+        """
+        from collections import deque
+
+        from cispo.broadcast import Proof
+        from cispo.devices import own_device
+        from cispo.weight_links import WeightSender
+
+        learner = self._learner
+        proof, weights = Proof(learner.policy_version, learner.weights_checksum()), learner.each_weight()
+        if self._rank:
+            deque(weights, maxlen=0)
+            return None
+        if self._sender is None:
+            self._sender = WeightSender(address, own_device(learner.device), timeout_s)
+        return self._sender.send(links, proof, weights, learner.weight_sizes())
+
     def save(self, path: Path, loop_state: dict[str, Any], keep: int) -> None:
         """Write a checkpoint of policy, learner and loop, then remove all but the `keep` newest."""
         from cispo.checkpoint import save_checkpoint
@@ -207,7 +242,7 @@ class ColocatedActor(RolloutWorker, LearnerActor):
 
     def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, name: str) -> None:
         prepare_process(threads)
-        self._rank = 0
+        self._rank, self._sender = 0, None
         decoder = load_decoder(recipe, policy_path)
         self._open_engine(recipe, policy_path, decoder, name)
         self._open_learner(recipe, policy_path, decoder)

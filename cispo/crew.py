@@ -14,7 +14,6 @@ from typing import Any
 import ray
 
 from cispo.actors import ColocatedActor, LearnerActor, RewardWorker, RolloutWorker
-from cispo.broadcast import Weights, verify_receipt
 from cispo.errors import ActorLostError, LearnerLostError
 from cispo.gpu_places import GpuPlaces
 from cispo.learner_team import LearnerTeam
@@ -24,6 +23,7 @@ from cispo.ray_runtime import await_result
 from cispo.recipe.schema import TrainRecipe
 from cispo.rollout.request import GroupRequest
 from cispo.sampler import Collected, Progress, Sampler
+from cispo.transport import LinkTransport, ObjectStoreTransport, Transport
 from cispo.types import ScoredGroup
 
 CLOSE_TIMEOUT_S = 10.0
@@ -80,11 +80,6 @@ class Crew:
         self._gpus = GpuPlaces(self.placement.gpus, timeout_s=recipe.ray.start_timeout_s)
         self._rollout = [Member(f"rollout:{i}", partial(self._start_rollout, i)) for i in range(recipe.rollout.workers)]
         self._rewards = [Member(f"reward:{i}", self._start_reward) for i in range(recipe.sandbox.workers)]
-        self._learner: LearnerTeam | None = None
-        if with_learner:
-            members = [self._rollout[0]] if self._is_colocated else self._new_learners()
-            self._learner = LearnerTeam(members, start_timeout_s=recipe.ray.start_timeout_s)
-        self._sent: tuple[Any, Weights] | None = None
         self._learner_busy_s = 0.0
         rollout = recipe.rollout
         self._sampler = Sampler(
@@ -93,9 +88,25 @@ class Crew:
             # Twice what it can decode at once, so that a slot that falls free finds a group that waits.
             groups_per_worker=max(1, 2 * rollout.max_concurrent_completions // rollout.group_size),
             on_death=self._replace_rollout,
+            on_ready=self._supply_rollout,
             say=say,
         )
+        self._learner: LearnerTeam | None = None
+        self._transport: Transport | None = None
+        if with_learner:
+            self._learner = self._new_team()
+            self._transport = None if self._is_colocated else self._new_transport(self._learner)
         self._wait_until_ready()
+
+    def _new_team(self) -> LearnerTeam:
+        members = [self._rollout[0]] if self._is_colocated else self._new_learners()
+        wait_for_all = partial(self._sampler.wait_for_all, timeout_s=self._recipe.ray.call_timeout_s)
+        return LearnerTeam(members, wait_for_all, start_timeout_s=self._recipe.ray.start_timeout_s)
+
+    def _new_transport(self, learner: LearnerTeam) -> Transport:
+        if self.placement.links:
+            return LinkTransport(learner, timeout_s=self._recipe.ray.call_timeout_s)
+        return ObjectStoreTransport(learner)
 
     def _start_rollout(self, index: int, name: str) -> Any:
         plan = self.placement
@@ -137,7 +148,8 @@ class Crew:
     def _wait_until_ready(self) -> None:
         timeout_s = self._recipe.ray.start_timeout_s
         for member in (*self._rollout, *self._rewards):
-            await_result(member.actor.__ray_ready__.remote(), timeout_s=timeout_s, what=f"{member.name} to start")
+            await_result(member.ready, timeout_s=timeout_s, what=f"{member.name} to start")
+            member.ready = None
         if self._learner is not None:
             self._learner.wait_until_ready()
 
@@ -178,31 +190,25 @@ class Crew:
         return metrics
 
     def broadcast(self) -> dict[str, float]:
-        """Give every rollout worker the learner's weights; BroadcastError unless each proves that it holds them.
+        """Send every rollout worker the learner's weights; BroadcastError unless each proves that it holds them.
 
-        Workers that have groups under way take them after their slice of work, and nobody waits for it: what they
-        answer is used only after their proof.
+        Workers that have groups under way take them after their slice of work, and nobody waits for their proof: what
+        they answer is used only with it. One that is just starting gets them when it has.
         """
         started = time.perf_counter()
-        if self._is_colocated:
+        if self._transport is None:
             self._ask_learner("share_weights", "share its weights")
             return {"time_s/broadcast": time.perf_counter() - started}
-        self._sent = self._ask_all_of_learner("weights", "hand out its weights")
-        weights = self._sent[1]
-        receipts = [(member, self._send_weights(member)) for member in self._rollout]
+        metrics = self._transport.broadcast([member for member in self._rollout if member.ready is None])
         if not self._sampler.has_work:
-            for member, receipt in receipts:
-                self._verify_or_replace(member, receipt)
-        return {
-            "broadcast/bytes": float(weights.bytes),
-            "broadcast/checksum_ok": 1.0,
-            "time_s/broadcast": time.perf_counter() - started,
-        }
+            self._sampler.take_receipts(self._recipe.ray.call_timeout_s)
+        return {**metrics, "broadcast/checksum_ok": 1.0, "time_s/broadcast": time.perf_counter() - started}
 
     @property
     def weights_checksum(self) -> str | None:
         """Of the weights last sent; None where engine and learner share one copy."""
-        return self._sent[1].checksum if self._sent else None
+        proof = self._transport.proof if self._transport is not None else None
+        return None if proof is None else proof.checksum
 
     def counts(self) -> CrewCounts:
         """What has added up since the last call."""
@@ -235,6 +241,8 @@ class Crew:
     def restart_learner(self) -> None:
         """Drop all that is under way and start a learner anew, as the policy that the run began with."""
         assert self._learner is not None
+        if self._transport is not None:
+            self._transport.lose_learner()
         self._learner.replace()
         self._sampler.forget_all()
         self._learner.wait_until_ready()
@@ -250,40 +258,22 @@ class Crew:
             ray.kill(member.actor)
         self._gpus.free()
 
-    def _send_weights(self, member: Member) -> Any:
-        """Give a worker the weights last handed out; a reference to what it will say it holds."""
-        assert self._sent is not None
-        member.proof = self._sent[1].proof
-        return member.actor.update_weights.remote(self._sent[0])
-
-    def _verify_or_replace(self, member: Member, receipt: Any) -> None:
-        assert self._sent is not None
-        weights = self._sent[1]
-        try:
-            held = self._wait_for(receipt, f"{member.name} to take weights of version {weights.version}")
-        except ActorLostError as lost:
-            self._sampler.count_death("rollout")
-            self._say(f"{member.name} died while it took weights ({lost}); another takes its place")
-            self._replace_rollout(member)
-            return
-        verify_receipt(member.name, weights.proof, *held)
-
     def _replace_rollout(self, member: Member) -> None:
-        """Start another in its place, with the weights that all others hold."""
+        """Start another in its place."""
         if self._is_colocated:
             raise LearnerLostError(f"{member.name}, which is also the learner, died")
+        if self._transport is not None:
+            self._transport.lose(member)
         member.replace()
-        if self._sent is not None:
-            self._send_weights(member)
+
+    def _supply_rollout(self, member: Member) -> None:
+        """Send one that has started the weights that all others hold."""
+        if self._transport is not None:
+            self._transport.supply(member)
 
     def _ask_learner(self, method: str, doing: str, *arguments: Any) -> Any:
-        return self._ask_all_of_learner(method, doing, *arguments)[1]
-
-    def _ask_all_of_learner(self, method: str, doing: str, *arguments: Any) -> tuple[Any, Any]:
-        """Ray's reference to the first rank's answer, and the answer."""
         assert self._learner is not None
-        wait_for_all = partial(self._sampler.wait_for_all, timeout_s=self._recipe.ray.call_timeout_s)
-        return self._learner.ask(wait_for_all, method, doing, *arguments)
+        return self._learner.ask(method, doing, *arguments)
 
     def _wait_for(self, reference: Any, what: str) -> Any:
         return self._sampler.wait_for(reference, timeout_s=self._recipe.ray.call_timeout_s, what=what)

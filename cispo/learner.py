@@ -75,8 +75,8 @@ class Learner:
         policies = [decoder] if reference is None else [decoder, reference]
         self.shares_prompts = not is_counted and all(policy.takes_branches for policy in policies)
         self._ranks = ranks
-        self._device = ranks.device or decoder.head_weight.device
-        peak = peak_flops(self._device, decoder.head_weight.dtype)
+        self.device = ranks.device or decoder.head_weight.device
+        peak = peak_flops(self.device, decoder.head_weight.dtype)
         self._peak_flops = None if peak is None else peak * ranks.world_size
         shards = parallelise(decoder, ranks, activation_checkpointing=settings.activation_checkpointing)
         if reference is not None:
@@ -141,6 +141,10 @@ class Learner:
         For several ranks to send them on: no more than one is whole at a time.
         """
         return self._optimizer.parameters()
+
+    def weight_sizes(self) -> dict[str, int]:
+        """Bytes of each weight that `each_weight` hands out, in its order."""
+        return self._optimizer.weight_sizes()
 
     def whole_policy(self) -> Decoder | None:
         """The policy to be saved: the decoder itself, or, of several ranks, a copy on the first's CPU. Collective.
@@ -210,7 +214,7 @@ class Learner:
         return replace(micro, tokens=tokens)
 
     def _logprobs(self, decoder: Decoder, micro: MicroBatch) -> Tensor:
-        there = micro.to(self._device)
+        there = micro.to(self.device)
         hidden_MD = self._hidden(decoder, there)
         logprob_M, _ = head_logprobs(hidden_MD, decoder.head_weight, there.targets_M, temperature=self._temperature)
         release(decoder)
@@ -243,7 +247,7 @@ class Learner:
         losses = []
         balance = self._balance(mini_batch) if self._settings.router_aux_loss_coef else None
         for micro in mini_batch:
-            there = micro.to(self._device)
+            there = micro.to(self.device)
             head = self._forward_backward(there, balance, record)
             if micro.is_filler:
                 continue
@@ -270,14 +274,14 @@ class Learner:
         config = self.decoder.config
         if self._settings.routing_replay:
             ids = [_recorded_experts(micro) for micro in mini_batch if not micro.is_filler]
-            return RouterBalance.of_replayed(ids, config, self._device, self._ranks)
+            return RouterBalance.of_replayed(ids, config, self.device, self._ranks)
 
         def route(micro: MicroBatch, sums: RouterSums) -> None:
-            unheard = RouterSums(config, self._device, for_loss=True)
-            self._hidden(self.decoder, micro.to(self._device), unheard if micro.is_filler else sums)
+            unheard = RouterSums(config, self.device, for_loss=True)
+            self._hidden(self.decoder, micro.to(self.device), unheard if micro.is_filler else sums)
             release(self.decoder)
 
-        return RouterBalance.of(mini_batch, config, self._device, route, self._ranks)
+        return RouterBalance.of(mini_batch, config, self.device, route, self._ranks)
 
     def _forward_backward(self, micro: MicroBatch, balance: RouterBalance | None, record: StepRecord) -> HeadLoss:
         def coefficients(logprob_C: Tensor, rows: slice) -> Tensor:
@@ -286,7 +290,7 @@ class Learner:
 
         sums = None
         if balance is not None or self._settings.routing_replay:
-            sums = RouterSums(self.decoder.config, self._device, for_loss=balance is not None)
+            sums = RouterSums(self.decoder.config, self.device, for_loss=balance is not None)
         head = head_policy_loss(
             self._hidden(self.decoder, micro, sums),
             self.decoder.head_weight,

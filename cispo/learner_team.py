@@ -19,8 +19,9 @@ WaitForAll = Callable[[Mapping[Any, str]], list[Any]]
 class LearnerTeam:
     """The learner's members, by rank. start_timeout_s: for all of them to be ready."""
 
-    def __init__(self, members: Sequence[Member], *, start_timeout_s: float) -> None:
+    def __init__(self, members: Sequence[Member], wait_for_all: WaitForAll, *, start_timeout_s: float) -> None:
         self.members = tuple(members)
+        self._wait_for_all = wait_for_all
         self._start_timeout_s = start_timeout_s
 
     @property
@@ -37,20 +38,23 @@ class LearnerTeam:
             address = self._await({meeting: f"{self.first.name} to open a meeting"})[0]
             self._await({one.actor.join.remote(address): f"{one.name} to join its ranks" for one in self.members})
 
-    def ask(self, wait_for_all: WaitForAll, method: str, doing: str, *arguments: Any) -> tuple[Any, Any]:
-        """What the first rank answers when all are asked, after Ray's reference to it.
+    def ask(self, method: str, doing: str, *arguments: Any) -> Any:
+        """What the first rank answers when all are asked. doing: in words, as in `learner to DOING`.
 
-        doing: in words, as in `learner to DOING`.
- LearnerLostError where a member is gone; what the others did came to nothing
-        then.
+        LearnerLostError where a member is gone; what the others did came to nothing then.
         """
+        return self.hear(self.tell(method, doing, *arguments))
+
+    def tell(self, method: str, doing: str, *arguments: Any) -> dict[Any, str]:
+        """Ask all ranks; Ray's references to their answers, the first rank's first, with what is waited for."""
         if len(self.members) > 1:
             arguments = tuple(ray.put(argument) for argument in arguments)
-        calls = {
-            getattr(member.actor, method).remote(*arguments): f"{member.name} to {doing}" for member in self.members
-        }
+        return {getattr(one.actor, method).remote(*arguments): f"{one.name} to {doing}" for one in self.members}
+
+    def hear(self, calls: Mapping[Any, str]) -> Any:
+        """Wait for what all were told to do; what the first rank answers. Errors as `ask`'s."""
         try:
-            return next(iter(calls)), wait_for_all(calls)[0]
+            return self._wait_for_all(calls)[0]
         except LearnerLostError:
             raise
         except ActorLostError as lost:
@@ -59,7 +63,8 @@ class LearnerTeam:
             dead = self._find_dead()
             if dead is None:
                 raise
-            raise LearnerLostError(f"{dead.name} died while the run waited for the learner to {doing}") from error
+            waited = next(iter(calls.values()))
+            raise LearnerLostError(f"{dead.name} died while the run waited for {waited}") from error
 
     def replace(self) -> None:
         """End every member that lives, and start them all anew; they must be waited for."""

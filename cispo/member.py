@@ -11,11 +11,16 @@ from cispo.broadcast import Proof
 
 LOG_TAIL_BYTES = 4096
 
+Promise = Callable[[], Proof]
+"""What a worker must show, which may be known only when the learner has sent it: waits for that. LearnerLostError."""
+
 
 class Member:
     """The actor that fills a place now. deaths: how many before it are gone.
 
-    proof: the weights that it was sent last, which what it samples from then on must show; None where it was sent none.
+    ready: resolves when it has started; None once that is known. proof: of the weights that it was sent last, which
+    what it samples from then on must show; None where it was sent none. receipts: what it will say it holds after each
+    of those that it has not answered for, with what it must say.
     """
 
     def __init__(self, name: str, start: Callable[[str], Any]) -> None:
@@ -23,6 +28,8 @@ class Member:
         self.name = name
         self.deaths = 0
         self._start = start
+        self.receipts: dict[Any, Promise] = {}
+        self.proof: Promise | None = None
         self._fill()
 
     def replace(self) -> None:
@@ -30,6 +37,16 @@ class Member:
         ray.kill(self.actor)
         self.deaths += 1
         self._fill()
+
+    def expect(self, receipt: Any, proof: Promise) -> None:
+        """It is being sent weights."""
+        self.receipts[receipt] = proof
+        self.proof = proof
+
+    def forget_weights(self) -> None:
+        """Whatever it was sent, expect nothing of it."""
+        self.receipts.clear()
+        self.proof = None
 
     def last_log_line(self) -> str:
         """The last line that the actor wrote, where its log is on this machine; else where to look."""
@@ -44,7 +61,8 @@ class Member:
     def _fill(self) -> None:
         # The name of an actor that died is free only some time later.
         self.actor: Any = self._start(self.name if not self.deaths else f"{self.name}.{self.deaths}")
-        self.proof: Proof | None = None
+        self.ready: Any = self.actor.__ray_ready__.remote()
+        self.forget_weights()
         self._log_path_reference = self.actor.log_path.remote()
 
     def _log_path(self) -> Path | None:

@@ -135,6 +135,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("time_s/forward_backward", "wall time of the learner's forward and backward passes and updates", "s",
            action=_SLOW),
     Metric("time_s/broadcast", "wall time until every worker held the new weights", "s", action=_SLOW),
+    Metric("time_s/broadcast_link", "of it, in which weights were under way through links", "s", action=_SLOW),
     Metric("time_s/checkpoint", "wall time of writing a checkpoint", "s", action="raise checkpoint.every_steps"),
     Metric("time_s/evaluation", "wall time of evaluation", "s", action="raise evaluation.every_steps"),
     Metric("perf/completion_tokens_per_s", "sampled tokens per second of the whole step", "tokens/s"),
@@ -180,6 +181,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("faults/unsampled", "prompts of the step without completions: refused, failed or quarantined", high=0.0,
            action="read log.txt for the reasons, mend or remove the prompts"),
     Metric("broadcast/bytes", "size of the weights sent to each worker", "bytes"),
+    Metric("broadcast/gb_per_s", "weights through links to all workers, over the time that it took", "GB/s"),
     Metric("broadcast/checksum_ok", "1 when every worker proved that it holds the learner's weights", low=1.0, high=1.0,
            action=_BROADCAST),
 )

@@ -110,6 +110,10 @@ class MasterAdamW:
         for name, parameter in self._parameters.items():
             yield name, self._shards[name].gather(local(parameter.detach()), self._ranks)
 
+    def weight_sizes(self) -> dict[str, int]:
+        """Bytes of each whole weight, in the order and dtype of `parameters`."""
+        return {name: self._shards[name].shape.numel() * p.itemsize for name, p in self._parameters.items()}
+
     def weights_checksum(self) -> str:
         """`cispo.broadcast.weights_checksum` of the whole weights, in the dtype they are computed in; collective.
 

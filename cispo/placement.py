@@ -1,7 +1,7 @@
 """Who runs where: the actors of a run, their threads and their shares of the GPUs; loads neither torch nor ray."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cispo.errors import RecipeError
 from cispo.recipe.schema import TrainRecipe
@@ -13,6 +13,7 @@ class Placement:
 
     GPU shares are Ray's num_gpus, of a rollout worker and of a learner rank; 0 on a machine without. GPUs are numbered
     as the run takes them: learner ranks have the first ones, one each. rollout_places: the GPU of each rollout worker.
+    links: weights go from the learner to each rollout worker directly, not through Ray's object store.
     """
 
     colocated: bool
@@ -22,6 +23,7 @@ class Placement:
     learner_gpus: float
     learner_ranks: int = 1
     rollout_places: tuple[int, ...] = ()
+    links: bool = False
 
     @property
     def gpus(self) -> int:
@@ -37,7 +39,7 @@ class Placement:
 def place(recipe: TrainRecipe, *, cores: int, gpus: float) -> Placement:
     """The placement of a recipe's actors on so many CPU cores and GPUs.
 
-    RecipeError where there are GPUs, but not one for each learner rank.
+    RecipeError where there are GPUs, but not one for each learner rank, or none apart for links that are asked for.
     """
     workers, ranks = recipe.rollout.workers, recipe.resources.learner_ranks
     uses_gpu = recipe.policy.device != "cpu" and gpus > 0
@@ -48,7 +50,7 @@ def place(recipe: TrainRecipe, *, cores: int, gpus: float) -> Placement:
     learner_cores = max(1, cores - rollout_cores) if is_ahead and not uses_gpu else cores
     on_gpus = _on_gpus(workers, ranks, int(gpus), colocated=colocated) if uses_gpu else (0.0, 0.0, ())
     rollout_gpus, learner_gpus, places = on_gpus
-    return Placement(
+    placement = Placement(
         colocated=colocated,
         rollout_threads=max(1, rollout_cores // workers),
         learner_threads=max(1, learner_cores // ranks),
@@ -57,6 +59,17 @@ def place(recipe: TrainRecipe, *, cores: int, gpus: float) -> Placement:
         learner_ranks=ranks,
         rollout_places=places,
     )
+    return replace(placement, links=_has_links(recipe, placement))
+
+
+def _has_links(recipe: TrainRecipe, placement: Placement) -> bool:
+    wanted, is_cpu = recipe.resources.broadcast, not placement.rollout_places
+    if wanted == "links" and (placement.colocated or not (is_cpu or placement.has_gpus_apart)):
+        raise RecipeError(
+            "resources.broadcast is links, but a rollout worker shares the GPU of the learner here; "
+            "set it to auto, or give the run more GPUs"
+        )
+    return wanted == "links" or (wanted == "auto" and placement.has_gpus_apart)
 
 
 def _is_colocated(recipe: TrainRecipe, *, is_single_gpu: bool) -> bool:

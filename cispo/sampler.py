@@ -16,9 +16,10 @@ from typing import Any
 
 import ray
 
-from cispo.broadcast import Proof, verify_receipt
-from cispo.errors import ActorLostError, DeadlineError
-from cispo.member import Member
+from cispo.broadcast import verify_receipt
+from cispo.errors import ActorLostError, CispoError, DeadlineError
+from cispo.member import Member, Promise
+from cispo.parallel.link import LinkLostError
 from cispo.ray_runtime import await_result
 from cispo.rollout.request import GroupRequest
 from cispo.rollout.slice import SLICE_S, Slice
@@ -56,15 +57,16 @@ class _Desk:
     member: Member
     held: dict[Key, GroupRequest] = field(default_factory=dict)
     fresh: list[GroupRequest] = field(default_factory=list)
-    calls: dict[Any, Proof | None] = field(default_factory=dict)
+    calls: dict[Any, Promise | None] = field(default_factory=dict)
     deaths_in_a_row: int = 0
 
 
 class Sampler:
     """Deals requests out to workers and follows them to their scores.
 
-    on_death: called for a rollout worker that is gone; replaces it and gives the new one its weights, or raises.
-    say: tells a person. groups_per_worker: groups that a rollout worker holds at most.
+    on_death: called for a rollout worker that is gone; replaces it, or raises. on_ready: called for the new one when it
+    has started, before it gets work; sends it its weights. say: tells a person. groups_per_worker: groups that a
+    rollout worker holds at most.
     """
 
     def __init__(
@@ -74,12 +76,13 @@ class Sampler:
         *,
         groups_per_worker: int,
         on_death: Callable[[Member], None],
+        on_ready: Callable[[Member], None],
         say: Callable[[str], None],
     ) -> None:
         self._desks = [_Desk(member) for member in rollout]
         self._idle = deque(rewards)
         self._groups_per_worker = groups_per_worker
-        self._on_death, self._say = on_death, say
+        self._on_death, self._on_ready, self._say = on_death, on_ready, say
         self.quarantined: dict[str, str] = {}
         self._queue: deque[GroupRequest] = deque()
         self._slices: dict[Any, _Desk] = {}
@@ -147,16 +150,20 @@ class Sampler:
                 values[answered] = await_result(answered, timeout_s=0, what=waits[answered])
         return [values[reference] for reference in waits]
 
+    def take_receipts(self, timeout_s: float) -> None:
+        """Until every worker has proved what it holds; groups go on meanwhile. DeadlineError after timeout_s."""
+        deadline = time.perf_counter() + timeout_s
+        while waiting := [desk.member for desk in self._desks if desk.member.receipts]:
+            if self._turn(deadline - time.perf_counter()) is None:
+                late = "; ".join(f"{member.name} ({member.last_log_line()})" for member in waiting)
+                raise DeadlineError(f"waited {timeout_s:g} s for {late} to take weights")
+
     def counts(self) -> tuple[float, dict[str, int]]:
         """Seconds that rollout workers have sampled, and deaths by role, since the last call."""
         found = self._busy_s, dict(self._deaths_by_role)
         self._busy_s = 0.0
         self._deaths_by_role.clear()
         return found
-
-    def count_death(self, role: str) -> None:
-        """One that was seen elsewhere."""
-        self._deaths_by_role[role] += 1
 
     @property
     def has_work(self) -> bool:
@@ -169,6 +176,7 @@ class Sampler:
             desk.held.clear()
             desk.fresh.clear()
             desk.calls.clear()
+            desk.member.forget_weights()
             desk.member.actor.forget.remote()
         for member, _, _ in self._scoring.values():
             # It scores to the end what nobody wants; its next group waits for that.
@@ -180,12 +188,19 @@ class Sampler:
     def _turn(self, timeout_s: float, others: Sequence[Any] = ()) -> Any:
         """Let one thing happen: the reference that answered, or None where none did in time."""
         self._deal()
-        waited = [*self._slices, *self._scoring, *others]
+        receipts = {receipt: desk for desk in self._desks for receipt in desk.member.receipts}
+        starts = {desk.member.ready: desk for desk in self._desks if desk.member.ready is not None}
+        # Receipts come first: what a worker sampled is looked at when it is known what it holds.
+        waited = [*receipts, *starts, *self._slices, *self._scoring, *others]
         ready, _ = ray.wait(waited, timeout=max(0.0, timeout_s)) if waited else ([], [])
         if not ready:
             return None
         answered = ready[0]
-        if answered in self._slices:
+        if answered in receipts:
+            self._take_receipt(receipts[answered], answered)
+        elif answered in starts:
+            self._take_start(starts[answered], answered)
+        elif answered in self._slices:
             self._take_slice(self._slices.pop(answered), answered)
         elif answered in self._scoring:
             self._take_scores(*self._scoring.pop(answered), answered)
@@ -212,14 +227,34 @@ class Sampler:
 
     def _desk_for(self, request: GroupRequest) -> _Desk | None:
         """The worker with least in hand that has room; one to itself for a group that two have died with."""
+        present = [desk for desk in self._desks if desk.member.ready is None]
         if self._is_suspect(_key(request)):
-            return next((desk for desk in self._desks if not desk.held), None)
-        free = [desk for desk in self._desks if not any(map(self._is_suspect, desk.held))]
+            return next((desk for desk in present if not desk.held), None)
+        free = [desk for desk in present if not any(map(self._is_suspect, desk.held))]
         desk = min(free, key=lambda one: len(one.held), default=None)
         return desk if desk is not None and len(desk.held) < self._groups_per_worker else None
 
     def _is_suspect(self, key: Key) -> bool:
         return self._deaths[key] >= DEATHS_OF_A_GROUP - 1
+
+    def _take_start(self, desk: _Desk, started: Any) -> None:
+        try:
+            await_result(started, timeout_s=0, what=f"{desk.member.name} to start")
+        except ActorLostError as lost:
+            self._bury_rollout(desk, lost)
+            return
+        desk.member.ready = None
+        self._on_ready(desk.member)
+
+    def _take_receipt(self, desk: _Desk, receipt: Any) -> None:
+        """A worker that cannot take weights is replaced, as it may hold parts of two policies."""
+        proof = desk.member.receipts.pop(receipt)
+        try:
+            held = await_result(receipt, timeout_s=0, what=f"{desk.member.name} to take weights")
+        except (ActorLostError, LinkLostError) as lost:
+            self._bury_rollout(desk, lost)
+            return
+        verify_receipt(desk.member.name, proof(), *held)
 
     def _take_slice(self, desk: _Desk, call: Any) -> None:
         if call not in desk.calls:
@@ -231,7 +266,7 @@ class Sampler:
             return
         proof = desk.calls.pop(call)
         if proof is not None:
-            verify_receipt(desk.member.name, proof, done.policy_version, done.weights_checksum)
+            verify_receipt(desk.member.name, proof(), done.policy_version, done.weights_checksum)
         desk.deaths_in_a_row = 0
         self._busy_s += done.busy_s
         for group in done.groups:
@@ -262,13 +297,14 @@ class Sampler:
                 self._scored[key] = ScoredGroup(group.prompt, group.rollouts, (error,) * len(group.rollouts))
         self._idle.append(member)
 
-    def _bury_rollout(self, desk: _Desk, lost: ActorLostError) -> None:
+    def _bury_rollout(self, desk: _Desk, lost: CispoError) -> None:
         """Replace a worker that died; its groups go back to the head of the queue, or into quarantine."""
         self._deaths_by_role["rollout"] += 1
         desk.deaths_in_a_row += 1
         if desk.deaths_in_a_row >= DEATHS_IN_A_ROW:
             raise ActorLostError(f"{desk.member.name} died {DEATHS_IN_A_ROW} times in a row; the last time: {lost}")
-        self._say(f"{desk.member.name} died ({lost}); {len(desk.held)} groups are sampled again")
+        again = f"{len(desk.held)} groups are sampled again" if desk.held else "another takes its place"
+        self._say(f"{desk.member.name} died ({lost}); {again}")
         for key, request in reversed(desk.held.items()):
             self._deaths[key] += 1
             if self._deaths[key] < DEATHS_OF_A_GROUP:
@@ -286,7 +322,7 @@ class Sampler:
         self._on_death(desk.member)
 
     def _waited_for(self) -> str:
-        late = [desk.member for desk in self._desks if desk.calls]
+        late = [desk.member for desk in self._desks if desk.calls or desk.member.ready is not None]
         late += [member for member, _, _ in self._scoring.values()]
         return "; ".join(f"{member.name} ({member.last_log_line()})" for member in late) or "nobody"
 

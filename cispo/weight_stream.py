@@ -1,4 +1,4 @@
-"""A policy's weights through links, as one stream of bytes cut into pieces.
+"""A policy's weights through links: their version, then one stream of bytes cut into pieces.
 
 The sender copies weights into one of two buffers, each at most half of the policy's largest layer, while the other is
 under way; a receiver copies what has come over its own weights. So neither has more than one layer besides its weights.
@@ -51,11 +51,12 @@ def send_weights(
     links: Sequence[Link],
     weights: Iterable[tuple[str, Tensor]],
     *,
+    version: int,
     piece: int,
     device: torch.device,
     timeout_s: float,
 ) -> Sent:
-    """Send weights, in the order of the receivers' own, through all links at once.
+    """Send a version and weights, in the order of the receivers' own, through all links at once.
 
     piece: bytes, as `piece_bytes` has it. A link whose other end is gone is left out from there on; DeadlineError where
     nothing moves through one for timeout_s.
@@ -63,6 +64,8 @@ def send_weights(
     started = time.perf_counter()
     buffers = _buffers(piece, device)
     lost: dict[str, str] = {}
+    head = _Buffer(torch.tensor([version], device=device).view(torch.uint8))
+    _start(head, len(head.bytes_B), links, lost)
     total = filled = turn = 0
     # To the end, though nobody may listen any more: gathering weights is collective.
     for flat_B in (_bytes(weight) for _, weight in weights):
@@ -78,14 +81,24 @@ def send_weights(
                 filled, turn = 0, 1 - turn
     if filled:
         _start(buffers[turn], filled, links, lost)
-    for buffer in (buffers[1 - turn], buffers[turn]):
+    for buffer in (head, buffers[1 - turn], buffers[turn]):
         _finish(buffer, lost, timeout_s)
     return Sent(total, time.perf_counter() - started, lost)
 
 
+def receive_version(link: Link, device: torch.device, *, timeout_s: float) -> int:
+    """The version of the weights that come next.
+
+    LinkLostError where the sender is gone, DeadlineError after timeout_s.
+    """
+    head = torch.empty(1, dtype=torch.int64, device=device)
+    link.wait(link.start(head.view(torch.uint8)), timeout_s)
+    return int(head)
+
+
 @torch.no_grad()
 def receive_weights(link: Link, module: nn.Module, *, timeout_s: float) -> None:
-    """Take what `send_weights` sends over the module's own weights. LinkLostError, DeadlineError as there."""
+    """Take what `send_weights` sends after the version over the module's own weights. Errors as `receive_version`'s."""
     parameters = list(module.parameters())
     sizes = weight_sizes(module)
     piece, left = piece_bytes(sizes), sum(sizes.values())

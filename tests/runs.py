@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 Record = dict[str, Any]
 
+LIMITS = ("timeout", "memory_limit")
+
 
 def start_training(folder: Path, recipe: str | Path, options: Sequence[str]) -> subprocess.Popen[bytes]:
     """`cispo train` into this run folder; what it prints is added to a file beside it."""
@@ -72,23 +74,32 @@ def records(path: Path) -> list[Record]:
 
 
 def without_times(record: Record) -> Record:
-    """The record less what may differ between equal runs: times, and who died."""
-    return {name: value for name, value in record.items() if not name.startswith(("time_s/", "perf/", "faults/"))}
+    """The record less what may differ between equal runs: times, who died, and which limit ended a program.
+
+    A program that runs away with time and memory at once meets one of its limits first, by the load of the machine. Its
+    score is the same.
+    """
+    kept = {name: value for name, value in record.items() if not name.startswith(("time_s/", "perf/", "faults/"))}
+    kept.pop("sandbox/frac_timeout", None)
+    info = kept.get("info", {})
+    if info.get("verdict") in LIMITS:
+        kept["info"] = {**info, "verdict": "a limit"}
+    return kept
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
     """Hashes of what must be equal: metrics less their times, rollouts, weights, optimiser and policy version."""
-    lines = [without_times(record) for record in records(folder / "metrics.jsonl")]
-    steps = [record["step"] for record in lines if record["step"]]
+    steps = [record["step"] for record in records(folder / "metrics.jsonl") if record["step"]]
     assert steps == list(range(1, len(steps) + 1))
     last = folder / "checkpoints" / f"step_{steps[-1]:06d}"
-    files = [
-        *sorted((folder / "rollouts").iterdir()),
-        last / "policy" / "model.safetensors",
-        last / "learner.safetensors",
-    ]
+    files = (last / "policy" / "model.safetensors", last / "learner.safetensors")
     hashes = {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    return {"metrics": hashlib.sha256(json.dumps(lines).encode()).hexdigest(), **hashes}
+    rollouts = {file.name: _hash_of(records(file)) for file in sorted((folder / "rollouts").iterdir())}
+    return {"metrics": _hash_of(records(folder / "metrics.jsonl")), **rollouts, **hashes}
+
+
+def _hash_of(lines: list[Record]) -> str:
+    return hashlib.sha256(json.dumps([without_times(line) for line in lines]).encode()).hexdigest()
 
 
 def first_difference(expected: Path, actual: Path) -> str:
@@ -97,7 +108,7 @@ def first_difference(expected: Path, actual: Path) -> str:
     for step in range(steps + 1):
         name = f"rollouts/step_{step:06d}.jsonl"
         identity = ("prompt_id", "completion_index")
-        found = step and _differing_record(records(expected / name), records(actual / name), identity)
+        found = step and _differing_record(*(list(map(without_times, records(run / name))) for run in (expected, actual)), identity)
         if found:
             return f"{name}: {found}"
         lines = ([r for r in records(run / "metrics.jsonl") if r["step"] == step] for run in (expected, actual))

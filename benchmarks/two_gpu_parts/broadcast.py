@@ -9,7 +9,7 @@ import torch
 from cispo.broadcast import weights_checksum
 from cispo.parallel.link import RECEIVER, SENDER, Link
 from cispo.parallel.meeting import Meeting
-from cispo.weight_stream import piece_bytes, receive_weights, send_weights, weight_sizes
+from cispo.weight_stream import piece_bytes, receive_version, receive_weights, send_weights, weight_sizes
 from two_gpu_parts.common import HYBRID, SMOLLM2, TINY, Row, Setting, new_decoder, on_two_ranks, wait
 
 ROUNDS = 7
@@ -101,7 +101,9 @@ def _send(name: str, decoder: torch.nn.Module, link: Link, meeting: Meeting, set
         started = time.perf_counter()
         checksum = weights_checksum(dict(decoder.named_parameters()))
         summed.append(time.perf_counter() - started)
-        sent = send_weights([link], decoder.named_parameters(), piece=piece, device=device, timeout_s=TIMEOUT_S)
+        sent = send_weights(
+            [link], decoder.named_parameters(), version=version, piece=piece, device=device, timeout_s=TIMEOUT_S
+        )
         held = meeting.store.get(f"{name}/{version}/held").decode()
         in_all.append(time.perf_counter() - started)
         seconds.append(sent.seconds)
@@ -130,6 +132,7 @@ def _send(name: str, decoder: torch.nn.Module, link: Link, meeting: Meeting, set
 def _receive(name: str, decoder: torch.nn.Module, link: Link, meeting: Meeting) -> None:
     for version in range(ROUNDS + 2):
         meeting.store.set(f"{name}/{version}/ready", "")
+        came = receive_version(link, next(decoder.parameters()).device, timeout_s=TIMEOUT_S)
         receive_weights(link, decoder, timeout_s=TIMEOUT_S)
         checksum = weights_checksum(dict(decoder.named_parameters()))
-        meeting.store.set(f"{name}/{version}/held", f"{version} {checksum}")
+        meeting.store.set(f"{name}/{version}/held", f"{came} {checksum}")

@@ -56,14 +56,14 @@ def recipe(setting: Setting, folder: Path, name: str, **changes: dict[str, Any])
             "max_prompt_tokens": 64,
             "max_completion_tokens": tokens,
             "max_concurrent_completions": at_once,
-            "timeout_s": 60,
+            "timeout_s": 100,
         },
         "rewards": [{"name": f"{folder / 'mixed.py'}:reward"}],
         "sandbox": {"workers": 2},
         "learner": {"learning_rate": 1e-6, "updates_per_step": 4, "tokens_per_micro_batch": 16_384},
         "checkpoint": {"every_steps": 1000},
         "logging": {"console": "lines"},
-        "ray": {"dashboard": False, "start_timeout_s": 90 if setting.is_gpu else 300, "call_timeout_s": 60},
+        "ray": {"dashboard": False, "start_timeout_s": 90 if setting.is_gpu else 300, "call_timeout_s": 100},
         "resources": {"placement": "split"},
     }
     for section, values in changes.items():

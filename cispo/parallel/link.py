@@ -5,8 +5,10 @@ that one of them is gone, it says so there (`declare_lost`), because NCCL itself
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from cispo.errors import DeadlineError
+from cispo.errors import CispoError, DeadlineError
 from cispo.parallel.meeting import Meeting
 
 SENDER, RECEIVER = 0, 1
@@ -26,7 +28,7 @@ _GROUP_TIMEOUT = timedelta(hours=24)
 """Of the group itself. Deadlines are the link's own: that of an NCCL group would end the process."""
 
 
-class LinkLostError(ConnectionError):
+class LinkLostError(CispoError, ConnectionError):
     """The other end of a link is gone; the message names the link and says how that was seen."""
 
 
@@ -40,16 +42,15 @@ class Link:
     def __init__(self, meeting: Meeting, name: str, place: int, device: torch.device, timeout_s: float) -> None:
         self.name, self.is_sender = name, place == SENDER
         self._meeting = meeting
+        if meeting.is_lost(name):
+            raise LinkLostError(f"link {name}: the other end is gone")
         meeting.store.set(f"here/{name}/{place}", "")
         self._wait(lambda: bool(meeting.store.check([f"here/{name}/{1 - place}"])), timeout_s, "the other end to come")
-        self._backend = _open_backend(meeting.room(f"link/{name}"), place, device, timeout_s)
-        self.wait(self.start(torch.zeros(1, device=device)), timeout_s)
+        self._backend = self._open(meeting.room(f"link/{name}"), place, device, timeout_s)
 
     def start(self, tensor: Tensor) -> dist.Work:
         """Begin to send a contiguous tensor, or to receive one of this size into it; in turn at both ends."""
-        options = dist.BroadcastOptions()
-        options.rootRank, options.asyncOp = SENDER, True
-        work: dist.Work = self._backend.broadcast([tensor], options)
+        work: dist.Work = self._backend.broadcast([tensor], _options())
         return work
 
     def wait(self, work: dist.Work, timeout_s: float) -> None:
@@ -67,6 +68,25 @@ class Link:
         """Let go of it, whatever is under way; the other end is not asked."""
         self._backend.abort()
 
+    def _open(self, store: Store, place: int, device: torch.device, timeout_s: float) -> Any:
+        """In a thread of its own, because what opens a group looks for no other sign than the other end's own."""
+        opened: Future[Any] = Future()
+
+        def open_and_try() -> None:
+            try:
+                backend = _open_backend(store, place, device, timeout_s)
+                backend.broadcast([torch.zeros(1, device=device)], _options()).wait()
+                opened.set_result(backend)
+            except Exception as error:
+                opened.set_exception(error)
+
+        threading.Thread(target=open_and_try, daemon=True, name=f"opens link {self.name}").start()
+        self._wait(opened.done, timeout_s, "the other end to open")
+        try:
+            return opened.result()
+        except RuntimeError as error:
+            raise LinkLostError(f"link {self.name}: {error}") from error
+
     def _wait(self, is_done: Callable[[], bool], timeout_s: float, what: str) -> None:
         # Pieces take some hundred microseconds, less than it takes to sleep and wake.
         started = looked = time.perf_counter()
@@ -80,6 +100,12 @@ class Link:
                     raise DeadlineError(f"link {self.name}: waited {timeout_s:g} s for {what}")
             if now - started > _SPIN_S:
                 time.sleep(_NAP_S)
+
+
+def _options() -> Any:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.asyncOp = SENDER, True
+    return options
 
 
 def _open_backend(store: Store, place: int, device: torch.device, timeout_s: float) -> Any:

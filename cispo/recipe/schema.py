@@ -285,6 +285,8 @@ class ResourcesSettings(Section):
     """Processes that the learner and its weights are spread over; on GPUs each has one of its own."""
     expert_parallel: int = Field(default=1, ge=1)
     """Learner ranks that share the experts of a layer; it must divide learner_ranks and the number of experts."""
+    broadcast: Literal["auto", "links", "object_store"] = "auto"
+    """`links` send weights from learner to workers directly, which `auto` takes where they have GPUs apart."""
 
 
 class TrainRecipe(Section):
@@ -345,10 +347,18 @@ class TrainRecipe(Section):
 
     @model_validator(mode="after")
     def _colocated_is_one_process(self) -> "TrainRecipe":
-        if self.resources.placement == "colocated" and self.rollout.workers > 1:
+        resources = self.resources
+        settings = {"rollout.workers": self.rollout.workers, "resources.learner_ranks": resources.learner_ranks}
+        for name, processes in settings.items():
+            if resources.placement == "colocated" and processes > 1:
+                raise ValueError(
+                    f"resources.placement is colocated with {name} {processes}: engine and learner share one process; "
+                    f"set {name} to 1, or placement to split"
+                )
+        if resources.placement == "colocated" and resources.broadcast != "auto":
             raise ValueError(
-                f"resources.placement is colocated with rollout.workers {self.rollout.workers}: engine and learner "
-                "share one process; set rollout.workers to 1, or placement to split"
+                f"resources.placement is colocated with resources.broadcast {resources.broadcast}: engine and learner "
+                "share one copy of the weights, so nothing is broadcast; set broadcast to auto, or placement to split"
             )
         return self
 
@@ -359,11 +369,6 @@ class TrainRecipe(Section):
             raise ValueError(
                 f"resources.expert_parallel is {resources.expert_parallel} with resources.learner_ranks "
                 f"{resources.learner_ranks}: so many ranks share the experts of a layer; it must divide the latter"
-            )
-        if resources.placement == "colocated" and resources.learner_ranks > 1:
-            raise ValueError(
-                f"resources.placement is colocated with resources.learner_ranks {resources.learner_ranks}: engine and "
-                "learner share one process; set learner_ranks to 1, or placement to split"
             )
         return self
 

@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel
 
 from cispo.memory import count_parameters, learner_bytes, run_memory, size_text, this_machine
+from cispo.placement import Placement
 from cispo.recipe.document import SectionNode, SettingPath
 from cispo.recipe.load import LoadedRecipe
 from cispo.recipe.schema import RolloutSettings, TrainRecipe
@@ -62,6 +63,7 @@ def _memory_rows(recipe: TrainRecipe) -> list[tuple[str, str]]:
     sequences = f"{rollout.max_concurrent_completions:,} sequences of {tokens:,} tokens"
     each = f", in each of {rollout.workers}" if rollout.workers > 1 else ""
     rows = [
+        ("broadcast", _broadcast(memory.placement)),
         ("policy", f"{memory.parameters:,} parameters in {recipe.policy.dtype}"),
         ("memory, learner", _learner_memory(memory.learner, recipe.resources.learner_ranks)),
         ("memory, rollout", f"{weights}, {size_text(memory.engine_caches)} of caches for {sequences}{each}"),
@@ -78,6 +80,14 @@ def _learner(recipe: TrainRecipe) -> str:
         return "1 learner"
     experts = f", each layer's experts shared by {together}" if together > 1 else ""
     return f"1 learner of {ranks} ranks over which its weights are sharded{experts}"
+
+
+def _broadcast(placement: Placement) -> str:
+    if placement.colocated:
+        return "none: engine and learner share one copy of the weights"
+    if placement.links:
+        return f"through a link to each rollout worker ({'NCCL' if placement.rollout_places else 'gloo'})"
+    return "through Ray's object store"
 
 
 def _learner_memory(held: int, ranks: int = 1) -> str:

@@ -36,6 +36,9 @@ from cispo.rollout.sequence import Sequence as Completion
 from cispo.rollout.slots import SlotArrays
 from cispo.types import Group, Rollout, StopReason
 
+Caches = Literal["keep", "recompute"]
+"""What completions under way do about states that older weights left: go on from them, or read all tokens again."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
@@ -244,12 +247,9 @@ class Engine:
 
     @torch.inference_mode()
     def update_weights(
-        self, version: int, tensors: Mapping[str, Tensor], *, caches: Literal["keep", "recompute"] = "keep"
+        self, version: int, tensors: Mapping[str, Tensor], *, caches: Caches = "keep"
     ) -> None:
-        """Take new weights between two steps, in place; completions under way go on.
-
-        caches: `keep` goes on from states that the old weights left, `recompute` reads all tokens again with the new.
-        """
+        """Take new weights between two steps, in place; completions under way go on."""
         parameters = dict(self.decoder.named_parameters())
         if set(parameters) != set(tensors):
             raise ValueError(f"weights of version {version} name other parameters: {set(parameters) ^ set(tensors)}")
@@ -261,7 +261,7 @@ class Engine:
                 parameter.copy_(tensors[name])
 
     @contextmanager
-    def changing_weights(self, version: int, *, caches: Literal["keep", "recompute"] = "keep") -> Iterator[None]:
+    def changing_weights(self, version: int, *, caches: Caches = "keep") -> Iterator[None]:
         """For who writes new weights over the decoder's own, between two steps; `update_weights` where they are whole.
 
         All of them must be written, or the engine holds no policy any more.
