@@ -108,7 +108,8 @@ def first_difference(expected: Path, actual: Path) -> str:
     for step in range(steps + 1):
         name = f"rollouts/step_{step:06d}.jsonl"
         identity = ("prompt_id", "completion_index")
-        found = step and _differing_record(*(list(map(without_times, records(run / name))) for run in (expected, actual)), identity)
+        sampled = (records(run / name) if step else [] for run in (expected, actual))
+        found = _differing_record(*(list(map(without_times, side)) for side in sampled), identity)
         if found:
             return f"{name}: {found}"
         lines = ([r for r in records(run / "metrics.jsonl") if r["step"] == step] for run in (expected, actual))
