@@ -38,11 +38,16 @@ class Shell:
 
 
 class RolloutWorker(Shell):
-    """Samples groups with its own copy of the policy, whose weights the learner's broadcasts replace."""
+    """Samples groups with its own copy of the policy, whose weights the learner's broadcasts replace.
 
-    def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, name: str) -> None:
+    links: whether these come through links.
+    """
+
+    def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, name: str, links: bool = False) -> None:
         prepare_process(threads)
-        self._open_engine(recipe, policy_path, load_decoder(recipe, policy_path), name)
+        self._receiver: Any = None
+        decoder, self._block = load_decoder_and_block(recipe, policy_path, links=links)
+        self._open_engine(recipe, policy_path, decoder, name)
 
     def _open_engine(self, recipe: TrainRecipe, policy_path: Path, decoder: Any, name: str) -> None:
         from cispo.model.tokenizer import Tokenizer
@@ -50,7 +55,6 @@ class RolloutWorker(Shell):
         from cispo.rollout.gauges import EngineGauges
 
         rollout = recipe.rollout
-        self._receiver: Any = None
         self._checksum = ""
         self._caches_after_update = rollout.caches_after_update
         self._engine = Engine(
@@ -94,7 +98,7 @@ class RolloutWorker(Shell):
             self._receiver = WeightReceiver(address, own_device(self._engine.decoder.head_weight.device), timeout_s)
         # Where it fails half-way, nothing that is sampled afterwards passes for the policy's.
         self._checksum = "incomplete"
-        held = self._receiver.receive(link, self._engine, self._caches_after_update)
+        held = self._receiver.receive(link, self._engine, self._block, self._caches_after_update)
         self._checksum = held.checksum
         return held.version, held.checksum
 
@@ -134,15 +138,19 @@ class LearnerActor(Shell):
     """Holds the learner, hands out its weights, and writes and reads checkpoints where the learner's state is.
 
     With resources.learner_ranks above 1 it is one rank of several, has a learner from `join` on, and every method that
-    the others are asked for it must be asked for too.
+    the others are asked for it must be asked for too. links: whether weights are sent through links.
     """
 
-    def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, rank: int = 0) -> None:
+    def __init__(
+        self, recipe: TrainRecipe, policy_path: Path, threads: int, rank: int = 0, links: bool = False
+    ) -> None:
         prepare_process(threads)
         self._recipe, self._policy_path, self._rank = recipe, policy_path, rank
         self._sender: Any = None
+        self._block: Any = None
         if recipe.resources.learner_ranks == 1:
-            self._open_learner(recipe, policy_path, load_decoder(recipe, policy_path))
+            decoder, self._block = load_decoder_and_block(recipe, policy_path, links=links)
+            self._open_learner(recipe, policy_path, decoder)
 
     def open_meeting(self) -> str:
         """Where the ranks can meet: the address of a store that this process holds."""
@@ -205,13 +213,15 @@ class LearnerActor(Shell):
         from cispo.weight_links import WeightSender
 
         learner = self._learner
-        proof, weights = Proof(learner.policy_version, learner.weights_checksum()), learner.each_weight()
+        proof = Proof(learner.policy_version, learner.weights_checksum())
         if self._rank:
-            deque(weights, maxlen=0)
+            deque(learner.each_weight(), maxlen=0)
             return None
         if self._sender is None:
             self._sender = WeightSender(address, own_device(learner.device), timeout_s)
-        return self._sender.send(links, proof, weights, learner.weight_sizes())
+        if self._block is not None:
+            return self._sender.send_block(links, proof, self._block)
+        return self._sender.send(links, proof, learner.each_weight(), learner.weight_sizes())
 
     def save(self, path: Path, loop_state: dict[str, Any], keep: int) -> None:
         """Write a checkpoint of policy, learner and loop, then remove all but the `keep` newest."""
@@ -242,7 +252,7 @@ class ColocatedActor(RolloutWorker, LearnerActor):
 
     def __init__(self, recipe: TrainRecipe, policy_path: Path, threads: int, name: str) -> None:
         prepare_process(threads)
-        self._rank, self._sender = 0, None
+        self._rank, self._sender, self._receiver, self._block = 0, None, None, None
         decoder = load_decoder(recipe, policy_path)
         self._open_engine(recipe, policy_path, decoder, name)
         self._open_learner(recipe, policy_path, decoder)
@@ -278,6 +288,18 @@ def new_learner(recipe: TrainRecipe, policy_path: Path, decoder: Any, ranks: Any
         reference=reference,
         ranks=ALONE if ranks is None else ranks,
     )
+
+
+def load_decoder_and_block(recipe: TrainRecipe, policy_path: Path, *, links: bool) -> tuple[Any, Any]:
+    """The recipe's policy, and its `cispo.weight_stream.WeightBlock` where its weights travel through links."""
+    if not links:
+        return load_decoder(recipe, policy_path), None
+    from cispo.devices import own_device, resolve_device
+    from cispo.weight_stream import WeightBlock
+
+    # By way of the CPU, so that the device never holds them twice.
+    decoder = load_decoder(recipe, policy_path, device="cpu")
+    return decoder, WeightBlock(decoder, own_device(resolve_device(recipe.policy.device)))
 
 
 def load_decoder(recipe: TrainRecipe, policy_path: Path, device: str | None = None) -> Any:

@@ -112,9 +112,9 @@ class Crew:
         plan = self.placement
         place = plan.rollout_places[index] if plan.rollout_places else 0
         if self._is_colocated:
-            arguments = (self._recipe, self._policy_path, plan.learner_threads, name)
+            arguments: tuple[Any, ...] = (self._recipe, self._policy_path, plan.learner_threads, name)
             return self._start(self._roles.colocated, name, self._gpus.share(plan.learner_gpus, place), *arguments)
-        arguments = (self._recipe, self._policy_path, plan.rollout_threads, name)
+        arguments = (self._recipe, self._policy_path, plan.rollout_threads, name, plan.links)
         return self._start(self._roles.rollout, name, self._gpus.share(plan.rollout_gpus, place), *arguments)
 
     def _start_reward(self, name: str) -> Any:
@@ -127,7 +127,7 @@ class Crew:
 
     def _start_learner(self, rank: int, name: str) -> Any:
         plan = self.placement
-        arguments = (self._recipe, self._policy_path, plan.learner_threads, rank)
+        arguments = (self._recipe, self._policy_path, plan.learner_threads, rank, plan.links)
         return self._start(self._roles.learner, name, self._gpus.share(plan.learner_gpus, rank), *arguments)
 
     def _start(self, role: type, name: str, gpus: dict[str, Any], *arguments: Any) -> Any:

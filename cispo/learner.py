@@ -244,20 +244,13 @@ class Learner:
         *,
         is_first: bool,
     ) -> None:
-        losses = []
         balance = self._balance(mini_batch) if self._settings.router_aux_loss_coef else None
-        for micro in mini_batch:
-            there = micro.to(self.device)
-            head = self._forward_backward(there, balance, record)
-            if micro.is_filler:
-                continue
-            tokens = there.tokens.with_logprob(head.logprob_N)
-            result = self._objective.coefficients(tokens)
-            losses.append((result.loss_N, there.tokens.group_N))
-            flops = training_flops(self.decoder.config, micro.cu_seqlens.diff().tolist(), len(micro.rows_M))
-            record.add_micro_batch(result, head.entropy_N, tokens=len(micro.ids_N), flops=flops)
-            if is_first and not self._objective_settings.needs_proximal:
-                record.add_mismatch(micro.tokens, head.logprob_N)
+        # All at once: a copy to the device waits for what the device does.
+        there = [micro.to(self.device) for micro in mini_batch]
+        heads = [self._forward_backward(micro, balance, record) for micro in there]
+        trained = [(micro, head) for micro, head in zip(there, heads, strict=True) if not micro.is_filler]
+        results = [self._objective.coefficients(micro.tokens.with_logprob(head.logprob_N)) for micro, head in trained]
+        losses = [(result.loss_N, micro.tokens.group_N) for result, (micro, _) in zip(results, trained, strict=True)]
         norm = self._optimizer.clip(self._settings.max_grad_norm)
         self._refuse_non_finite(losses, norm, groups, step)
         learning_rate = scheduled_learning_rate(
@@ -269,6 +262,12 @@ class Learner:
         )
         self._optimizer.update(learning_rate)
         record.add_update(float(norm), learning_rate)
+        # Last, because reading what the device computed waits for it.
+        for result, (micro, head) in zip(results, trained, strict=True):
+            flops = training_flops(self.decoder.config, micro.cu_seqlens.diff().tolist(), len(micro.rows_M))
+            record.add_micro_batch(result, head.entropy_N, tokens=len(micro.ids_N), flops=flops)
+            if is_first and not self._objective_settings.needs_proximal:
+                record.add_mismatch(micro.tokens, head.logprob_N)
 
     def _balance(self, mini_batch: Sequence[MicroBatch]) -> RouterBalance:
         config = self.decoder.config
@@ -305,7 +304,8 @@ class Learner:
         coefficient = self._settings.router_aux_loss_coef
         torch.autograd.backward(head.loss if router_loss is None else (head.loss, coefficient * router_loss))
         self._optimizer.collect()
-        return head
+        # Without its graph, which holds on to a micro batch.
+        return replace(head, loss=head.loss.detach())
 
     def _refuse_non_finite(
         self, losses: Sequence[tuple[Tensor, Tensor]], norm: Tensor, groups: Sequence[ScoredGroup], step: int

@@ -13,7 +13,7 @@ from cispo.broadcast import Proof, weights_checksum
 from cispo.parallel.link import RECEIVER, SENDER, Link, LinkLostError
 from cispo.parallel.meeting import Meeting
 from cispo.rollout.engine import Caches, Engine
-from cispo.weight_stream import Sent, piece_bytes, receive_version, receive_weights, send_weights
+from cispo.weight_stream import Sent, WeightBlock, receive_block, receive_head, send_block, send_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,24 @@ class WeightSender:
         self._device, self._timeout_s = device, timeout_s
         self._links: dict[str, Link] = {}
 
+    def send_block(self, names: Sequence[str], proof: Proof, block: WeightBlock) -> SentWeights:
+        """Send weights that lie in one block through these links; those whose other end is gone are left out, and told.
+
+        DeadlineError where the other end of one neither comes nor is declared lost.
+        """
+        links, lost = self._links_of(names)
+        return self._sent(proof, send_block(links, block, proof.version, timeout_s=self._timeout_s), lost)
+
     def send(
         self, names: Sequence[str], proof: Proof, weights: Iterable[tuple[str, Tensor]], sizes: Mapping[str, int]
     ) -> SentWeights:
-        """Send weights through these links; those whose other end is gone are left out, and told.
+        """The same with weights that come one after the other. sizes: bytes of each."""
+        links, lost = self._links_of(names)
+        sent = send_weights(links, weights, sizes, proof.version, device=self._device, timeout_s=self._timeout_s)
+        return self._sent(proof, sent, lost)
 
-        sizes: bytes of each weight. DeadlineError where the other end of one neither comes nor is declared lost.
-        """
+    def _links_of(self, names: Sequence[str]) -> tuple[list[Link], dict[str, str]]:
+        """The links of these names, and those that are lost, with the reasons."""
         self._close([name for name in self._links if self._meeting.is_lost(name)])
         lost: dict[str, str] = {}
         for name in names:
@@ -46,14 +57,9 @@ class WeightSender:
                 self._open(name)
             except LinkLostError as error:
                 lost[name] = str(error)
-        sent = send_weights(
-            [self._links[name] for name in names if name not in lost],
-            weights,
-            version=proof.version,
-            piece=piece_bytes(sizes),
-            device=self._device,
-            timeout_s=self._timeout_s,
-        )
+        return [self._links[name] for name in names if name not in lost], lost
+
+    def _sent(self, proof: Proof, sent: Sent, lost: dict[str, str]) -> SentWeights:
         self._close(sent.lost)
         return SentWeights(proof, replace(sent, lost={**lost, **sent.lost}))
 
@@ -74,17 +80,19 @@ class WeightReceiver:
         self._device, self._timeout_s = device, timeout_s
         self._link: Link | None = None
 
-    def receive(self, name: str, engine: Engine, caches: Caches) -> Proof:
+    def receive(self, name: str, engine: Engine, block: WeightBlock, caches: Caches) -> Proof:
         """Wait for the next weights through the link of this name; what the engine holds afterwards.
 
-        LinkLostError and DeadlineError as `Link`'s; then the engine may hold parts of two policies.
+        block: where the engine's weights lie. LinkLostError and DeadlineError as `Link`'s; then the engine may hold
+        parts of two policies.
         """
         if self._link is None or self._link.name != name:
             if self._link is not None:
                 self._link.close()
             self._link = None
             self._link = Link(self._meeting, name, RECEIVER, self._device, self._timeout_s)
-        version = receive_version(self._link, self._device, timeout_s=self._timeout_s)
-        with engine.changing_weights(version, caches=caches):
-            receive_weights(self._link, engine.decoder, timeout_s=self._timeout_s)
-        return Proof(version, weights_checksum(dict(engine.decoder.named_parameters())))
+        head = receive_head(self._link, self._device, timeout_s=self._timeout_s)
+        with engine.changing_weights(head.version, caches=caches):
+            receive_block(self._link, block, head, timeout_s=self._timeout_s)
+            torch.autograd.graph.increment_version(list(engine.decoder.parameters()))
+        return Proof(head.version, weights_checksum(dict(engine.decoder.named_parameters())))

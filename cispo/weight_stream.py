@@ -1,7 +1,9 @@
-"""A policy's weights through links: their version, then one stream of bytes cut into pieces.
+"""A policy's weights through links: a head that says what comes, then one stream of bytes cut into pieces.
 
-The sender copies weights into one of two buffers, each at most half of the policy's largest layer, while the other is
-under way; a receiver copies what has come over its own weights. So neither has more than one layer besides its weights.
+In the stream every weight begins at a multiple of ALIGNMENT_BYTES, in the module's own order. A module that has its
+weights in one block of memory in just that way (`WeightBlock`) sends them from where they lie and receives them into
+their place, without copies. Weights that are gathered one by one are copied into one of two buffers, each at most half
+of the policy's largest layer, while the other is under way; so nobody needs more memory than one layer takes.
 """
 
 import time
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 
 from cispo.parallel.link import Link, LinkLostError
 
+ALIGNMENT_BYTES = 256
 _LEAST_PIECE_BYTES = 1 << 20
+_BLOCK_PIECE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +29,36 @@ class Sent:
     lost: Mapping[str, str]
 
 
-@dataclass(slots=True, eq=False)
-class _Buffer:
-    bytes_B: Tensor
-    under_way: dict[Link, torch.distributed.Work] = field(default_factory=dict)
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What comes before the weights. piece_bytes: of each piece of the stream but the last."""
+
+    version: int
+    piece_bytes: int
+
+
+class WeightBlock:
+    """A module's weights in one block of memory on a device, bytes_B, in the order and places of the stream.
+
+    The weights stay the module's own parameters; whoever keeps their addresses must take them after this.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        sizes = weight_sizes(module)
+        self.bytes_B = torch.zeros(_stream_bytes(sizes), dtype=torch.uint8, device=device)
+        start = 0
+        for parameter in module.parameters():
+            place_B = self.bytes_B[start : start + parameter.nbytes]
+            place = place_B.view(parameter.dtype).view(parameter.shape)
+            parameter.data = place.copy_(parameter.data)
+            start += _aligned(place_B.numel())
+        # What is not a weight: tables, for instance.
+        module.to(device)
+
+
+def weight_sizes(module: nn.Module) -> dict[str, int]:
+    """Bytes of each weight of a module that is whole, by name, in the order of the stream."""
+    return {name: parameter.nbytes for name, parameter in module.named_parameters()}
 
 
 def piece_bytes(sizes: Mapping[str, int]) -> int:
@@ -41,108 +71,116 @@ def piece_bytes(sizes: Mapping[str, int]) -> int:
     return max(_LEAST_PIECE_BYTES, max(layers.values()) // 2)
 
 
-def weight_sizes(module: nn.Module) -> dict[str, int]:
-    """Bytes of each weight of a module that is whole, by name, in the order of the stream."""
-    return {name: parameter.nbytes for name, parameter in module.named_parameters()}
+@torch.no_grad()
+def send_block(links: Sequence[Link], block: WeightBlock, version: int, *, timeout_s: float) -> Sent:
+    """Send weights from where they lie, through all links at once; they must not change until it returns.
+
+    A link whose other end is gone is left out from there on; DeadlineError where nothing moves for timeout_s.
+    """
+    started = time.perf_counter()
+    bytes_B, lost = block.bytes_B, dict[str, str]()
+    pieces = max(1, -(-len(bytes_B) // _BLOCK_PIECE_BYTES))
+    piece = _aligned(-(-len(bytes_B) // pieces)) or ALIGNMENT_BYTES
+    head = _send_head(Head(version, piece), links, lost, bytes_B.device)
+    under_way = [head, *(_Buffer(part_B) for part_B in bytes_B.split(piece) if len(part_B))]
+    for buffer in under_way[1:]:
+        _start(buffer, len(buffer.bytes_B), links, lost)
+    for buffer in under_way:
+        _finish(buffer, lost, timeout_s)
+    return Sent(len(bytes_B), time.perf_counter() - started, lost)
 
 
 @torch.no_grad()
 def send_weights(
     links: Sequence[Link],
     weights: Iterable[tuple[str, Tensor]],
-    *,
+    sizes: Mapping[str, int],
     version: int,
-    piece: int,
+    *,
     device: torch.device,
     timeout_s: float,
 ) -> Sent:
-    """Send a version and weights, in the order of the receivers' own, through all links at once.
+    """Send weights that come one after the other, all of `sizes` and in its order; else as `send_block`.
 
-    piece: bytes, as `piece_bytes` has it. A link whose other end is gone is left out from there on; DeadlineError where
-    nothing moves through one for timeout_s.
+    sizes: bytes of each weight by name. ValueError where a weight has another size.
     """
     started = time.perf_counter()
-    buffers = _buffers(piece, device)
-    lost: dict[str, str] = {}
-    head = _Buffer(torch.tensor([version], device=device).view(torch.uint8))
-    _start(head, len(head.bytes_B), links, lost)
-    total = filled = turn = 0
+    piece, lost = piece_bytes(sizes), dict[str, str]()
+    buffers = [_Buffer(torch.zeros(piece, dtype=torch.uint8, device=device)) for _ in range(2)]
+    head = _send_head(Head(version, piece), links, lost, device)
+    filled = turn = 0
     # To the end, though nobody may listen any more: gathering weights is collective.
-    for flat_B in (_bytes(weight) for _, weight in weights):
-        total += len(flat_B)
-        for part_B in _cut(flat_B, piece, piece - filled):
-            buffer = buffers[turn]
-            if not filled:
-                _finish(buffer, lost, timeout_s)
-            buffer.bytes_B[filled : filled + len(part_B)].copy_(part_B)
-            filled += len(part_B)
-            if filled == piece:
-                _start(buffer, filled, links, lost)
-                filled, turn = 0, 1 - turn
+    for part_B, room in _parts(weights, sizes, piece):
+        buffer = buffers[turn]
+        if not filled:
+            _finish(buffer, lost, timeout_s)
+        if part_B is not None:
+            buffer.bytes_B[filled : filled + room].copy_(part_B)
+        filled += room
+        if filled == piece:
+            _start(buffer, filled, links, lost)
+            filled, turn = 0, 1 - turn
     if filled:
         _start(buffers[turn], filled, links, lost)
     for buffer in (head, buffers[1 - turn], buffers[turn]):
         _finish(buffer, lost, timeout_s)
-    return Sent(total, time.perf_counter() - started, lost)
+    return Sent(_stream_bytes(sizes), time.perf_counter() - started, lost)
 
 
-def receive_version(link: Link, device: torch.device, *, timeout_s: float) -> int:
-    """The version of the weights that come next.
-
-    LinkLostError where the sender is gone, DeadlineError after timeout_s.
-    """
-    head = torch.empty(1, dtype=torch.int64, device=device)
+def receive_head(link: Link, device: torch.device, *, timeout_s: float) -> Head:
+    """What comes next. LinkLostError where the sender is gone, DeadlineError after timeout_s."""
+    head = torch.empty(2, dtype=torch.int64, device=device)
     link.wait(link.start(head.view(torch.uint8)), timeout_s)
-    return int(head)
+    version, piece = head.tolist()
+    return Head(version, piece)
 
 
 @torch.no_grad()
-def receive_weights(link: Link, module: nn.Module, *, timeout_s: float) -> None:
-    """Take what `send_weights` sends after the version over the module's own weights. Errors as `receive_version`'s."""
-    parameters = list(module.parameters())
-    sizes = weight_sizes(module)
-    piece, left = piece_bytes(sizes), sum(sizes.values())
-    buffers = _buffers(piece, parameters[0].device)
-    lengths = [min(piece, left - start) for start in range(0, left, piece)]
-    works = [link.start(buffers[turn].bytes_B[:length]) for turn, length in enumerate(lengths[:2])]
-    targets = _targets(parameters)
-    target_B = next(targets)
-    for index, length in enumerate(lengths):
-        link.wait(works[index], timeout_s)
-        came_B = buffers[index % 2].bytes_B[:length]
-        while len(came_B):
-            if not len(target_B):
-                target_B = next(targets)
-            count = min(len(target_B), len(came_B))
-            target_B[:count].copy_(came_B[:count])
-            target_B, came_B = target_B[count:], came_B[count:]
-        if index + 2 < len(lengths):
-            works.append(link.start(buffers[index % 2].bytes_B[: lengths[index + 2]]))
-    if parameters[0].is_cuda:
+def receive_block(link: Link, block: WeightBlock, head: Head, *, timeout_s: float) -> None:
+    """Take the weights that follow a head into their places. Errors as `receive_head`'s."""
+    works = [link.start(part_B) for part_B in block.bytes_B.split(head.piece_bytes) if len(part_B)]
+    for work in works:
+        link.wait(work, timeout_s)
+    if block.bytes_B.is_cuda:
         torch.cuda.current_stream().synchronize()
-    torch.autograd.graph.increment_version(parameters)
 
 
-def _targets(parameters: Sequence[nn.Parameter]) -> Iterator[Tensor]:
-    for parameter in parameters:
-        if not parameter.is_contiguous():
-            raise ValueError(f"nothing can be received into a weight of shape {tuple(parameter.shape)}: not contiguous")
-        yield _bytes(parameter)
+@dataclass(slots=True, eq=False)
+class _Buffer:
+    bytes_B: Tensor
+    under_way: dict[Link, torch.distributed.Work] = field(default_factory=dict)
 
 
-def _buffers(piece: int, device: torch.device) -> tuple[_Buffer, _Buffer]:
-    one, other = (_Buffer(torch.empty(piece, dtype=torch.uint8, device=device)) for _ in range(2))
-    return one, other
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+def _stream_bytes(sizes: Mapping[str, int]) -> int:
+    return sum(map(_aligned, sizes.values()))
 
 
-def _cut(flat_B: Tensor, piece: int, room: int) -> Iterator[Tensor]:
-    """The bytes in parts: first what fills the room that is left in a piece, then pieces, then the rest."""
-    yield flat_B[:room]
-    yield from (flat_B[start : start + piece] for start in range(room, len(flat_B), piece))
+def _send_head(head: Head, links: Sequence[Link], lost: dict[str, str], device: torch.device) -> _Buffer:
+    buffer = _Buffer(torch.tensor([head.version, head.piece_bytes], device=device).view(torch.uint8))
+    _start(buffer, len(buffer.bytes_B), links, lost)
+    return buffer
+
+
+def _parts(
+    weights: Iterable[tuple[str, Tensor]], sizes: Mapping[str, int], piece: int
+) -> Iterator[tuple[Tensor | None, int]]:
+    """The stream in parts that end where a piece does at the latest: bytes and their number, None for what lies between
+    weights.
+    """
+    at = 0
+    for (name, weight), size in zip(weights, sizes.values(), strict=True):
+        flat_B = weight.detach().contiguous().view(-1).view(torch.uint8)
+        if len(flat_B) != size:
+            raise ValueError(f"weight {name} has {len(flat_B)} bytes, {size} were announced")
+        start, end = 0, _aligned(size)
+        while start < end:
+            stop = min(start + piece - at % piece, size if start < size else end)
+            yield (flat_B[start:stop] if start < size else None), stop - start
+            start, at = stop, at + stop - start
 
 
 def _start(buffer: _Buffer, length: int, links: Sequence[Link], lost: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from cispo.broadcast import weights_checksum
 from cispo.parallel.link import RECEIVER, SENDER, Link
 from cispo.parallel.meeting import Meeting
-from cispo.weight_stream import piece_bytes, receive_version, receive_weights, send_weights, weight_sizes
+from cispo.weight_stream import WeightBlock, piece_bytes, receive_block, receive_head, send_block, weight_sizes
 from two_gpu_parts.common import HYBRID, SMOLLM2, TINY, Row, Setting, new_decoder, on_two_ranks, wait
 
 ROUNDS = 7
@@ -88,7 +88,7 @@ def _raw_speed(link: Link, setting: Setting | None, rank: int) -> None:
 
 def _send(name: str, decoder: torch.nn.Module, link: Link, meeting: Meeting, setting: Setting) -> None:
     device = next(decoder.parameters()).device
-    piece = piece_bytes(weight_sizes(decoder))
+    layer, block = 2 * piece_bytes(weight_sizes(decoder)), WeightBlock(decoder, device)
     copy = float((setting.rows.parent / "copy").read_text())
     seconds, summed, in_all, proven = [], [], [], 0
     total = 0
@@ -101,9 +101,7 @@ def _send(name: str, decoder: torch.nn.Module, link: Link, meeting: Meeting, set
         started = time.perf_counter()
         checksum = weights_checksum(dict(decoder.named_parameters()))
         summed.append(time.perf_counter() - started)
-        sent = send_weights(
-            [link], decoder.named_parameters(), version=version, piece=piece, device=device, timeout_s=TIMEOUT_S
-        )
+        sent = send_block([link], block, version, timeout_s=TIMEOUT_S)
         held = meeting.store.get(f"{name}/{version}/held").decode()
         in_all.append(time.perf_counter() - started)
         seconds.append(sent.seconds)
@@ -125,14 +123,16 @@ def _send(name: str, decoder: torch.nn.Module, link: Link, meeting: Meeting, set
         extra = torch.cuda.max_memory_allocated() - before
         setting.say(
             Row("1 split", f"extra memory of the sender, {name}", f"{extra / 2**20:.1f} MiB",
-                f"a layer: {2 * piece / 2**20:.1f} MiB", extra <= 2 * piece + (1 << 20))
+                f"a layer: {layer / 2**20:.1f} MiB", extra <= layer)
         )  # fmt: skip
 
 
 def _receive(name: str, decoder: torch.nn.Module, link: Link, meeting: Meeting) -> None:
+    device = next(decoder.parameters()).device
+    block = WeightBlock(decoder, device)
     for version in range(ROUNDS + 2):
         meeting.store.set(f"{name}/{version}/ready", "")
-        came = receive_version(link, next(decoder.parameters()).device, timeout_s=TIMEOUT_S)
-        receive_weights(link, decoder, timeout_s=TIMEOUT_S)
+        head = receive_head(link, device, timeout_s=TIMEOUT_S)
+        receive_block(link, block, head, timeout_s=TIMEOUT_S)
         checksum = weights_checksum(dict(decoder.named_parameters()))
-        meeting.store.set(f"{name}/{version}/held", f"{came} {checksum}")
+        meeting.store.set(f"{name}/{version}/held", f"{head.version} {checksum}")

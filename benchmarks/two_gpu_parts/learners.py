@@ -16,6 +16,8 @@ from cispo.types import Prompt, Rollout, Score, ScoredGroup, StopReason, Turn
 from two_gpu_parts.common import new_decoder
 
 GROUP_SIZE = 4
+LEARNING_RATE = 1e-6
+"""Of models of this size under RL."""
 
 
 def new_learner(
@@ -28,7 +30,7 @@ def new_learner(
     activation_checkpointing: bool = False,
 ) -> Learner:
     settings = LearnerSettings(
-        learning_rate=1e-5,
+        learning_rate=LEARNING_RATE,
         tokens_per_micro_batch=tokens_per_micro_batch,
         activation_checkpointing=activation_checkpointing,
     )
@@ -46,14 +48,18 @@ def new_learner(
 
 
 def groups_of(step: int, config: ModelConfig, *, groups: int, tokens: int) -> list[ScoredGroup]:
-    """Random completions of half to all of so many tokens, as a policy that knows nothing would have sampled them."""
-    rng = np.random.default_rng(step)
+    """Random completions of half to all of so many tokens, as a policy that knows nothing would have sampled them.
+
+    Tokens and rewards differ from step to step, lengths do not, so that every step costs the same.
+    """
+    rng, of_lengths = np.random.default_rng(step), np.random.default_rng(0)
     made = []
     for index in range(groups):
         prompt = rng.integers(0, config.vocabulary_size, tokens // 16).astype(np.int32)
         rollouts = []
         for place in range(GROUP_SIZE):
-            ids = rng.integers(0, config.vocabulary_size, int(rng.integers(tokens // 2, tokens + 1))).astype(np.int32)
+            length = int(of_lengths.integers(tokens // 2, tokens + 1))
+            ids = rng.integers(0, config.vocabulary_size, length).astype(np.int32)
             logprobs = rng.normal(-math.log(config.vocabulary_size), 0.1, len(ids)).astype(np.float32)
             turn = Turn(ids, np.ones(len(ids), np.bool_), logprobs, np.zeros(len(ids), np.int32))
             rollouts.append(Rollout(f"p{index}", place, prompt, (turn,), StopReason.LENGTH, ""))

@@ -64,7 +64,7 @@ def recipe(setting: Setting, folder: Path, name: str, **changes: dict[str, Any])
         "checkpoint": {"every_steps": 1000},
         "logging": {"console": "lines"},
         "ray": {"dashboard": False, "start_timeout_s": 90 if setting.is_gpu else 300, "call_timeout_s": 100},
-        "resources": {"placement": "split"},
+        "resources": {"placement": "split", "broadcast": "links"},
     }
     for section, values in changes.items():
         sections[section] = {**sections[section], **values} if isinstance(values, dict) else values

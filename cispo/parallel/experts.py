@@ -82,14 +82,21 @@ class SharedExperts(Experts):
             observe(routed.kept_ids_NK, router_entropy(logits_NE))
         held = self.gate_up.shape[0]
         dispatch, expert_S = _by_expert(routed.expert_ids_NK)
-        count_G = torch.bincount(expert_S // held, minlength=group.size())
-        coming_G = torch.empty_like(count_G)
-        dist.all_to_all_single(coming_G, count_G, group=group)
-        sent, received = count_G.tolist(), coming_G.tolist()
+        sent, received = _counts(expert_S, held, group)
         ids_R = _all_to_all(expert_S % held, sent, received, group)
         rows_RD = _exchange(permute(x_ND, dispatch), sent, received, group)
         out_RD = _run(rows_RD, ids_R, self)
         return combine(_exchange(out_RD, received, sent, group), routed.weight_NK, dispatch)
+
+
+def _counts(expert_S: Tensor, held: int, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
+    """Rows that go to each rank of the group, and that come from each; the device is waited for once."""
+    bounds = torch.searchsorted(expert_S, torch.arange(group.size() + 1, device=expert_S.device) * held)
+    counts_2G = torch.empty(2, group.size(), dtype=torch.int64, device=expert_S.device)
+    counts_2G[0] = bounds.diff()
+    dist.all_to_all_single(counts_2G[1], counts_2G[0].clone(), group=group)
+    sent, received = counts_2G.tolist()
+    return sent, received
 
 
 def _own(whole: nn.Parameter, first: int, count: int) -> nn.Parameter:

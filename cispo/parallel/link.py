@@ -21,7 +21,7 @@ from cispo.errors import CispoError, DeadlineError
 from cispo.parallel.meeting import Meeting
 
 SENDER, RECEIVER = 0, 1
-_SPIN_S = 0.002
+_SPIN_S = 0.02
 _NAP_S = 0.001
 _LOOK_S = 0.1
 _GROUP_TIMEOUT = timedelta(hours=24)

@@ -6,6 +6,7 @@ to the end of the backward. So the LM head is whole outside of `forward` too. Ro
 the rest is: every rank has them whole.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,28 +59,35 @@ def _shard(decoder: Decoder, ranks: Ranks, split: set[str]) -> None:
     assert ranks.shard_mesh is not None and ranks.expert_mesh is not None
     replicas = ranks.expert_mesh["replica"]
     unsharded: set[nn.Parameter] = set()
+    sublayers: list[FSDPModule] = []
     for index, layer in enumerate(decoder.whole_layers):
         experts = layer.experts
         if experts.router is not None:
             unsharded.add(experts.router)
-        _fully_shard(layer.mixer, ranks.shard_mesh, set())
+        sublayers.append(_fully_shard(layer.mixer, ranks.shard_mesh, set()))
         if f"layers.{index}.experts" not in split:
-            _fully_shard(experts, ranks.shard_mesh, unsharded)
+            sublayers.append(_fully_shard(experts, ranks.shard_mesh, unsharded))
         elif replicas.size() > 1:
-            _fully_shard(experts, replicas, unsharded, by_experts=True)
+            sublayers.append(_fully_shard(experts, replicas, unsharded, by_experts=True))
         else:
             unsharded |= {experts.gate_up, experts.down}
     _fully_shard(decoder, ranks.shard_mesh, unsharded)
+    for sublayer, following in pairwise(sublayers):
+        # A sublayer is gathered before the one ahead of it is launched, not after: whoever launches slowly still has
+        # both at once.
+        sublayer.set_modules_to_forward_prefetch([following])
     for parameter in unsharded:
         parameter.data = parameter.data.to(ranks.device)
     _count_changes(decoder)
 
 
-def _fully_shard(module: Any, mesh: DeviceMesh, unsharded: set[nn.Parameter], *, by_experts: bool = False) -> None:
+def _fully_shard(
+    module: Any, mesh: DeviceMesh, unsharded: set[nn.Parameter], *, by_experts: bool = False
+) -> FSDPModule:
     def placement(parameter: nn.Parameter) -> Placement:
         return Placement(0 if by_experts else _shard_dim(parameter.shape, mesh.size()))
 
-    sharded = fully_shard(
+    sharded: FSDPModule = fully_shard(
         module,
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
@@ -89,6 +97,7 @@ def _fully_shard(module: Any, mesh: DeviceMesh, unsharded: set[nn.Parameter], *,
     # The loss is a sum over tokens whose weights know the whole mini batch, so gradients of ranks are added.
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
+    return sharded
 
 
 def _shard_dim(shape: torch.Size, parts: int) -> int:
