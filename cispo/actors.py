@@ -57,6 +57,7 @@ class RolloutWorker(Shell):
         rollout = recipe.rollout
         self._checksum = ""
         self._caches_after_update = rollout.caches_after_update
+        self._learner_ranks = recipe.resources.learner_ranks
         self._engine = Engine(
             decoder,
             Tokenizer.load(policy_path),
@@ -91,14 +92,14 @@ class RolloutWorker(Shell):
 
     def receive_weights(self, address: str, timeout_s: float, link: str) -> tuple[int, str]:
         """Wait for weights through a link of the meeting at this address; the answer as `update_weights`'s."""
-        from cispo.devices import own_device
         from cispo.weight_links import WeightReceiver
 
         if self._receiver is None:
-            self._receiver = WeightReceiver(address, own_device(self._engine.decoder.head_weight.device), timeout_s)
+            in_block = self._learner_ranks == 1
+            self._receiver = WeightReceiver(address, self._block, in_block=in_block, timeout_s=timeout_s)
         # Where it fails half-way, nothing that is sampled afterwards passes for the policy's.
         self._checksum = "incomplete"
-        held = self._receiver.receive(link, self._engine, self._block, self._caches_after_update)
+        held = self._receiver.receive(link, self._engine, self._caches_after_update)
         self._checksum = held.checksum
         return held.version, held.checksum
 
@@ -219,9 +220,8 @@ class LearnerActor(Shell):
             return None
         if self._sender is None:
             self._sender = WeightSender(address, own_device(learner.device), timeout_s)
-        if self._block is not None:
-            return self._sender.send_block(links, proof, self._block)
-        return self._sender.send(links, proof, learner.each_weight(), learner.weight_sizes())
+        weights = learner.each_weight() if self._block is None else self._block
+        return self._sender.send(links, proof, weights, learner.weight_sizes())
 
     def save(self, path: Path, loop_state: dict[str, Any], keep: int) -> None:
         """Write a checkpoint of policy, learner and loop, then remove all but the `keep` newest."""

@@ -13,7 +13,7 @@ from cispo.broadcast import Proof, weights_checksum
 from cispo.parallel.link import RECEIVER, SENDER, Link, LinkLostError
 from cispo.parallel.meeting import Meeting
 from cispo.rollout.engine import Caches, Engine
-from cispo.weight_stream import Sent, WeightBlock, receive_block, receive_head, send_block, send_weights
+from cispo.weight_stream import Sent, WeightBlock, receive_block, send_block, send_weights, weight_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +32,25 @@ class WeightSender:
         self._device, self._timeout_s = device, timeout_s
         self._links: dict[str, Link] = {}
 
-    def send_block(self, names: Sequence[str], proof: Proof, block: WeightBlock) -> SentWeights:
-        """Send weights that lie in one block through these links; those whose other end is gone are left out, and told.
+    def send(
+        self,
+        names: Sequence[str],
+        proof: Proof,
+        weights: WeightBlock | Iterable[tuple[str, Tensor]],
+        sizes: Mapping[str, int],
+    ) -> SentWeights:
+        """Send weights through these links; those whose other end is gone are left out, and told.
 
-        DeadlineError where the other end of one neither comes nor is declared lost.
+        sizes: bytes of each weight. DeadlineError where the other end of one neither comes nor is declared lost.
         """
         links, lost = self._links_of(names)
-        return self._sent(proof, send_block(links, block, proof.version, timeout_s=self._timeout_s), lost)
-
-    def send(
-        self, names: Sequence[str], proof: Proof, weights: Iterable[tuple[str, Tensor]], sizes: Mapping[str, int]
-    ) -> SentWeights:
-        """The same with weights that come one after the other. sizes: bytes of each."""
-        links, lost = self._links_of(names)
-        sent = send_weights(links, weights, sizes, proof.version, device=self._device, timeout_s=self._timeout_s)
-        return self._sent(proof, sent, lost)
+        version, timeout_s = proof.version, self._timeout_s
+        if isinstance(weights, WeightBlock):
+            sent = send_block(links, weights, sizes, version, timeout_s=timeout_s)
+        else:
+            sent = send_weights(links, weights, sizes, version, device=self._device, timeout_s=timeout_s)
+        self._close(sent.lost)
+        return SentWeights(proof, replace(sent, lost={**lost, **sent.lost}))
 
     def _links_of(self, names: Sequence[str]) -> tuple[list[Link], dict[str, str]]:
         """The links of these names, and those that are lost, with the reasons."""
@@ -59,10 +63,6 @@ class WeightSender:
                 lost[name] = str(error)
         return [self._links[name] for name in names if name not in lost], lost
 
-    def _sent(self, proof: Proof, sent: Sent, lost: dict[str, str]) -> SentWeights:
-        self._close(sent.lost)
-        return SentWeights(proof, replace(sent, lost={**lost, **sent.lost}))
-
     def _open(self, name: str) -> None:
         if name not in self._links:
             self._links[name] = Link(self._meeting, name, SENDER, self._device, self._timeout_s)
@@ -73,26 +73,28 @@ class WeightSender:
 
 
 class WeightReceiver:
-    """A rollout worker's end, for its engine's weights; arguments as `WeightSender`'s."""
+    """A rollout worker's end, for its engine's weights, which lie in this block; else as `WeightSender`.
 
-    def __init__(self, address: str, device: torch.device, timeout_s: float) -> None:
+    in_block: whether they lie in one at the learner too.
+    """
+
+    def __init__(self, address: str, block: WeightBlock, *, in_block: bool, timeout_s: float) -> None:
         self._meeting = Meeting.enter(address, timeout_s)
-        self._device, self._timeout_s = device, timeout_s
+        self._block, self._in_block, self._timeout_s = block, in_block, timeout_s
         self._link: Link | None = None
 
-    def receive(self, name: str, engine: Engine, block: WeightBlock, caches: Caches) -> Proof:
+    def receive(self, name: str, engine: Engine, caches: Caches) -> Proof:
         """Wait for the next weights through the link of this name; what the engine holds afterwards.
 
-        block: where the engine's weights lie. LinkLostError and DeadlineError as `Link`'s; then the engine may hold
-        parts of two policies.
+        LinkLostError and DeadlineError as `Link`'s; then the engine may hold parts of two policies.
         """
         if self._link is None or self._link.name != name:
             if self._link is not None:
                 self._link.close()
             self._link = None
-            self._link = Link(self._meeting, name, RECEIVER, self._device, self._timeout_s)
-        head = receive_head(self._link, self._device, timeout_s=self._timeout_s)
-        with engine.changing_weights(head.version, caches=caches):
-            receive_block(self._link, block, head, timeout_s=self._timeout_s)
-            torch.autograd.graph.increment_version(list(engine.decoder.parameters()))
-        return Proof(head.version, weights_checksum(dict(engine.decoder.named_parameters())))
+            self._link = Link(self._meeting, name, RECEIVER, self._block.bytes_B.device, self._timeout_s)
+        link, sizes, in_block = self._link, weight_sizes(engine.decoder), self._in_block
+        with engine.changing_weights(caches=caches):
+            version = receive_block(link, self._block, sizes, in_block=in_block, timeout_s=self._timeout_s)
+        engine.policy_version = version
+        return Proof(version, weights_checksum(dict(engine.decoder.named_parameters())))

@@ -1,9 +1,10 @@
-"""A policy's weights through links: a head that says what comes, then one stream of bytes cut into pieces.
+"""A policy's weights through links, as one stream of bytes cut into pieces.
 
-In the stream every weight begins at a multiple of ALIGNMENT_BYTES, in the module's own order. A module that has its
-weights in one block of memory in just that way (`WeightBlock`) sends them from where they lie and receives them into
-their place, without copies. Weights that are gathered one by one are copied into one of two buffers, each at most half
-of the policy's largest layer, while the other is under way; so nobody needs more memory than one layer takes.
+The stream begins with the weights' version; every weight begins at a multiple of ALIGNMENT_BYTES, in the module's own
+order. A module that has its weights in one block of memory in just that way (`WeightBlock`) sends them from where they
+lie and receives them into their place, without copies. Weights that are gathered one by one are copied into one of two
+buffers, each at most half of the policy's largest layer, while the other is under way; so nobody needs more memory than
+one layer takes.
 """
 
 import time
@@ -16,37 +17,32 @@ from torch import Tensor, nn
 from cispo.parallel.link import Link, LinkLostError
 
 ALIGNMENT_BYTES = 256
+_VERSION_BYTES = 8
 _LEAST_PIECE_BYTES = 1 << 20
 _BLOCK_PIECE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What went through each link that held, and the links that were lost on the way, with the reasons."""
+    """Bytes of weights that went through each link that held, and the links that were lost, with the reasons."""
 
     bytes: int
     seconds: float
     lost: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What comes before the weights. piece_bytes: of each piece of the stream but the last."""
-
-    version: int
-    piece_bytes: int
-
-
 class WeightBlock:
     """A module's weights in one block of memory on a device, bytes_B, in the order and places of the stream.
 
-    The weights stay the module's own parameters; whoever keeps their addresses must take them after this.
+    version: of the weights, the only element of a tensor in the block. The weights stay the module's own parameters;
+    whoever keeps their addresses must take them after this.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         sizes = weight_sizes(module)
         self.bytes_B = torch.zeros(_stream_bytes(sizes), dtype=torch.uint8, device=device)
-        start = 0
+        self.version = self.bytes_B[:_VERSION_BYTES].view(torch.int64)
+        start = ALIGNMENT_BYTES
         for parameter in module.parameters():
             place_B = self.bytes_B[start : start + parameter.nbytes]
             place = place_B.view(parameter.dtype).view(parameter.shape)
@@ -61,8 +57,14 @@ def weight_sizes(module: nn.Module) -> dict[str, int]:
     return {name: parameter.nbytes for name, parameter in module.named_parameters()}
 
 
-def piece_bytes(sizes: Mapping[str, int]) -> int:
-    """Half of the largest layer. sizes: bytes of each weight by name; a weight outside of layers is one by itself."""
+def piece_bytes(sizes: Mapping[str, int], *, in_block: bool) -> int:
+    """Of each piece of the stream but the last: of weights in a block few large ones, else half of the largest layer.
+
+    sizes: bytes of each weight by name; a weight outside of layers is a layer by itself.
+    """
+    if in_block:
+        whole = _stream_bytes(sizes)
+        return _aligned(-(-whole // -(-whole // _BLOCK_PIECE_BYTES)))
     layers: dict[str, int] = {}
     for name, size in sizes.items():
         first, _, rest = name.partition(".")
@@ -72,22 +74,23 @@ def piece_bytes(sizes: Mapping[str, int]) -> int:
 
 
 @torch.no_grad()
-def send_block(links: Sequence[Link], block: WeightBlock, version: int, *, timeout_s: float) -> Sent:
+def send_block(
+    links: Sequence[Link], block: WeightBlock, sizes: Mapping[str, int], version: int, *, timeout_s: float
+) -> Sent:
     """Send weights from where they lie, through all links at once; they must not change until it returns.
 
-    A link whose other end is gone is left out from there on; DeadlineError where nothing moves for timeout_s.
+    sizes: bytes of each weight by name. A link whose other end is gone is left out from there on; DeadlineError where
+    nothing moves for timeout_s.
     """
     started = time.perf_counter()
-    bytes_B, lost = block.bytes_B, dict[str, str]()
-    pieces = max(1, -(-len(bytes_B) // _BLOCK_PIECE_BYTES))
-    piece = _aligned(-(-len(bytes_B) // pieces)) or ALIGNMENT_BYTES
-    head = _send_head(Head(version, piece), links, lost, bytes_B.device)
-    under_way = [head, *(_Buffer(part_B) for part_B in bytes_B.split(piece) if len(part_B))]
-    for buffer in under_way[1:]:
-        _start(buffer, len(buffer.bytes_B), links, lost)
-    for buffer in under_way:
-        _finish(buffer, lost, timeout_s)
-    return Sent(len(bytes_B), time.perf_counter() - started, lost)
+    block.version.fill_(version)
+    lost: dict[str, str] = {}
+    pieces = [_Buffer(piece_B) for piece_B in block.bytes_B.split(piece_bytes(sizes, in_block=True))]
+    for piece in pieces:
+        _start(piece, len(piece.bytes_B), links, lost)
+    for piece in pieces:
+        _finish(piece, lost, timeout_s)
+    return Sent(sum(sizes.values()), time.perf_counter() - started, lost)
 
 
 @torch.no_grad()
@@ -102,13 +105,14 @@ def send_weights(
 ) -> Sent:
     """Send weights that come one after the other, all of `sizes` and in its order; else as `send_block`.
 
-    sizes: bytes of each weight by name. ValueError where a weight has another size.
+    ValueError where a weight has another size.
     """
     started = time.perf_counter()
-    piece, lost = piece_bytes(sizes), dict[str, str]()
+    piece = piece_bytes(sizes, in_block=False)
     buffers = [_Buffer(torch.zeros(piece, dtype=torch.uint8, device=device)) for _ in range(2)]
-    head = _send_head(Head(version, piece), links, lost, device)
-    filled = turn = 0
+    buffers[0].bytes_B[:_VERSION_BYTES].view(torch.int64).fill_(version)
+    lost: dict[str, str] = {}
+    filled, turn = ALIGNMENT_BYTES, 0
     # To the end, though nobody may listen any more: gathering weights is collective.
     for part_B, room in _parts(weights, sizes, piece):
         buffer = buffers[turn]
@@ -122,27 +126,22 @@ def send_weights(
             filled, turn = 0, 1 - turn
     if filled:
         _start(buffers[turn], filled, links, lost)
-    for buffer in (head, buffers[1 - turn], buffers[turn]):
+    for buffer in (buffers[1 - turn], buffers[turn]):
         _finish(buffer, lost, timeout_s)
-    return Sent(_stream_bytes(sizes), time.perf_counter() - started, lost)
-
-
-def receive_head(link: Link, device: torch.device, *, timeout_s: float) -> Head:
-    """What comes next. LinkLostError where the sender is gone, DeadlineError after timeout_s."""
-    head = torch.empty(2, dtype=torch.int64, device=device)
-    link.wait(link.start(head.view(torch.uint8)), timeout_s)
-    version, piece = head.tolist()
-    return Head(version, piece)
+    return Sent(sum(sizes.values()), time.perf_counter() - started, lost)
 
 
 @torch.no_grad()
-def receive_block(link: Link, block: WeightBlock, head: Head, *, timeout_s: float) -> None:
-    """Take the weights that follow a head into their places. Errors as `receive_head`'s."""
-    works = [link.start(part_B) for part_B in block.bytes_B.split(head.piece_bytes) if len(part_B)]
+def receive_block(link: Link, block: WeightBlock, sizes: Mapping[str, int], *, in_block: bool, timeout_s: float) -> int:
+    """Take weights into their places; their version.
+
+    in_block: whether they come from a block, or from `send_weights`. LinkLostError where the sender is gone,
+    DeadlineError after timeout_s.
+    """
+    works = [link.start(piece_B) for piece_B in block.bytes_B.split(piece_bytes(sizes, in_block=in_block))]
     for work in works:
         link.wait(work, timeout_s)
-    if block.bytes_B.is_cuda:
-        torch.cuda.current_stream().synchronize()
+    return int(block.version)
 
 
 @dataclass(slots=True, eq=False)
@@ -156,13 +155,7 @@ def _aligned(size: int) -> int:
 
 
 def _stream_bytes(sizes: Mapping[str, int]) -> int:
-    return sum(map(_aligned, sizes.values()))
-
-
-def _send_head(head: Head, links: Sequence[Link], lost: dict[str, str], device: torch.device) -> _Buffer:
-    buffer = _Buffer(torch.tensor([head.version, head.piece_bytes], device=device).view(torch.uint8))
-    _start(buffer, len(buffer.bytes_B), links, lost)
-    return buffer
+    return ALIGNMENT_BYTES + sum(map(_aligned, sizes.values()))
 
 
 def _parts(
@@ -171,7 +164,7 @@ def _parts(
     """The stream in parts that end where a piece does at the latest: bytes and their number, None for what lies between
     weights.
     """
-    at = 0
+    at = ALIGNMENT_BYTES
     for (name, weight), size in zip(weights, sizes.values(), strict=True):
         flat_B = weight.detach().contiguous().view(-1).view(torch.uint8)
         if len(flat_B) != size:

@@ -19,7 +19,6 @@ from cispo.weight_stream import (
     WeightBlock,
     piece_bytes,
     receive_block,
-    receive_head,
     send_block,
     send_weights,
     weight_sizes,
@@ -70,11 +69,9 @@ def send(links: Sequence[Link], module: nn.Module, version: int = 3, timeout_s: 
     return send_weights(links, module.named_parameters(), sizes, version, device=CPU, timeout_s=timeout_s)
 
 
-def receive(link: Link, module: nn.Module) -> int:
+def receive(link: Link, module: nn.Module, *, in_block: bool = False) -> int:
     block = WeightBlock(module, CPU)
-    head = receive_head(link, CPU, timeout_s=TIMEOUT_S)
-    receive_block(link, block, head, timeout_s=TIMEOUT_S)
-    return head.version
+    return receive_block(link, block, weight_sizes(module), in_block=in_block, timeout_s=TIMEOUT_S)
 
 
 def checksum(module: nn.Module) -> str:
@@ -92,15 +89,15 @@ def test_versions_and_every_bit_arrive_time_after_time_at_all_receivers(
     for version in range(3):
         policy = Layered(seed=version, wide=wide)
         expected = checksum(policy)
-        came = [beside(receive, end, module) for (_, end), module in zip(ends, held, strict=True)]
+        came = [beside(receive, end, module, in_block=in_block) for (_, end), module in zip(ends, held, strict=True)]
         links = [start for start, _ in ends]
         if in_block:
-            sent = send_block(links, WeightBlock(policy, CPU), version, timeout_s=TIMEOUT_S)
+            sent = send_block(links, WeightBlock(policy, CPU), weight_sizes(policy), version, timeout_s=TIMEOUT_S)
         else:
             sent = send(links, policy, version)
         assert [one.result() for one in came] == [version, version]
         assert [checksum(module) for module in held] == [expected, expected]
-        assert 0 <= sent.bytes - sum(weight.nbytes for weight in policy.parameters()) < 7 * ALIGNMENT_BYTES
+        assert sent.bytes == sum(weight.nbytes for weight in policy.parameters())
         assert not sent.lost
 
 
@@ -160,11 +157,13 @@ def test_a_wait_has_an_end_that_says_what_it_was_for(meeting: Meeting, beside: C
         send([start], Layered(seed=0), timeout_s=0.5)
 
 
-def test_a_piece_is_half_of_the_largest_layer_but_no_crumb() -> None:
+def test_a_piece_is_half_of_the_largest_layer_but_no_crumb_and_of_a_block_some_hundred_mebibytes() -> None:
     mib = 1 << 20
     sizes = {"layers.0.a": 3 * mib, "layers.0.b": 5 * mib, "layers.1.a": mib, "embedding": 6 * mib}
-    assert piece_bytes(sizes) == 4 * mib
-    assert piece_bytes({"embedding": 64}) == mib
+    assert piece_bytes(sizes, in_block=False) == 4 * mib
+    assert piece_bytes({"embedding": 64}, in_block=False) == mib
+    assert piece_bytes(sizes, in_block=True) == 15 * mib + ALIGNMENT_BYTES
+    assert 150 * mib < piece_bytes({"embedding": 600 * mib}, in_block=True) < 256 * mib
 
 
 def test_a_weight_of_another_size_than_announced_is_refused(

@@ -1,11 +1,10 @@
 """Sampling ahead of the learner, each on a GPU of its own, against taking turns."""
 
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from two_gpu_parts.common import Row, Setting
+from two_gpu_parts.common import Row, Setting, scratch_folder
 from two_gpu_parts.runs import recipe, train, write_inputs
 
 WARM = 3
@@ -13,7 +12,7 @@ WARM = 3
 
 
 def run(setting: Setting) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         folder = Path(scratch)
         write_inputs(setting, folder)
         speeds = {}

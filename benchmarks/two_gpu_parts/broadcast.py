@@ -9,7 +9,7 @@ import torch
 from cispo.broadcast import weights_checksum
 from cispo.parallel.link import RECEIVER, SENDER, Link
 from cispo.parallel.meeting import Meeting
-from cispo.weight_stream import WeightBlock, piece_bytes, receive_block, receive_head, send_block, weight_sizes
+from cispo.weight_stream import WeightBlock, piece_bytes, receive_block, send_block, weight_sizes
 from two_gpu_parts.common import HYBRID, SMOLLM2, TINY, Row, Setting, new_decoder, on_two_ranks, wait
 
 ROUNDS = 7
@@ -88,7 +88,8 @@ def _raw_speed(link: Link, setting: Setting | None, rank: int) -> None:
 
 def _send(name: str, decoder: torch.nn.Module, link: Link, meeting: Meeting, setting: Setting) -> None:
     device = next(decoder.parameters()).device
-    layer, block = 2 * piece_bytes(weight_sizes(decoder)), WeightBlock(decoder, device)
+    sizes, block = weight_sizes(decoder), WeightBlock(decoder, device)
+    layer = 2 * piece_bytes(sizes, in_block=False)
     copy = float((setting.rows.parent / "copy").read_text())
     seconds, summed, in_all, proven = [], [], [], 0
     total = 0
@@ -101,7 +102,7 @@ def _send(name: str, decoder: torch.nn.Module, link: Link, meeting: Meeting, set
         started = time.perf_counter()
         checksum = weights_checksum(dict(decoder.named_parameters()))
         summed.append(time.perf_counter() - started)
-        sent = send_block([link], block, version, timeout_s=TIMEOUT_S)
+        sent = send_block([link], block, sizes, version, timeout_s=TIMEOUT_S)
         held = meeting.store.get(f"{name}/{version}/held").decode()
         in_all.append(time.perf_counter() - started)
         seconds.append(sent.seconds)
@@ -128,11 +129,9 @@ def _send(name: str, decoder: torch.nn.Module, link: Link, meeting: Meeting, set
 
 
 def _receive(name: str, decoder: torch.nn.Module, link: Link, meeting: Meeting) -> None:
-    device = next(decoder.parameters()).device
-    block = WeightBlock(decoder, device)
+    sizes, block = weight_sizes(decoder), WeightBlock(decoder, next(decoder.parameters()).device)
     for version in range(ROUNDS + 2):
         meeting.store.set(f"{name}/{version}/ready", "")
-        head = receive_head(link, device, timeout_s=TIMEOUT_S)
-        receive_block(link, block, head, timeout_s=TIMEOUT_S)
+        came = receive_block(link, block, sizes, in_block=True, timeout_s=TIMEOUT_S)
         checksum = weights_checksum(dict(decoder.named_parameters()))
-        meeting.store.set(f"{name}/{version}/held", f"{head.version} {checksum}")
+        meeting.store.set(f"{name}/{version}/held", f"{came} {checksum}")

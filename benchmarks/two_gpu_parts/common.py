@@ -108,9 +108,14 @@ def new_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device, s
     return decoder
 
 
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """In memory where there is a file system there: how fast a disk takes checkpoints is not the question."""
+    return tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+
+
 def on_two_ranks(task: Callable[[int, Setting, Path], None], setting: Setting) -> None:
     """Run a task as rank 0 and 1 in processes of their own, with a folder that both see."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         mp.spawn(_enter, args=(task, setting, Path(scratch)), nprocs=2)
 
 

@@ -3,19 +3,18 @@
 import json
 import os
 import signal
-import tempfile
 from pathlib import Path
 
 from cispo.data import load_prompts
 from cispo.prompt_order import prompts_of_step
-from two_gpu_parts.common import Row, Setting
+from two_gpu_parts.common import Row, Setting, scratch_folder
 from two_gpu_parts.runs import process_of, recipe, train, write_inputs
 
 STEPS, KILLED_AFTER = 8, 3
 
 
 def run(setting: Setting) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         folder = Path(scratch)
         write_inputs(setting, folder)
         of = recipe(setting, folder, "killed", rollout={"workers": 2, "max_off_policy_steps": 2}, steps=STEPS)

@@ -18,6 +18,9 @@ from two_gpu_parts.common import new_decoder
 GROUP_SIZE = 4
 LEARNING_RATE = 1e-6
 """Of models of this size under RL."""
+EPSILON = 1e-8
+"""AdamW's usual one. With M1's 1e-15 a weight whose gradient is rounding error alone moves as far as any other, and
+routers then send a token now and then to another expert: a jump that says nothing about the sums compared here."""
 
 
 def new_learner(
@@ -31,6 +34,7 @@ def new_learner(
 ) -> Learner:
     settings = LearnerSettings(
         learning_rate=LEARNING_RATE,
+        eps=EPSILON,
         tokens_per_micro_batch=tokens_per_micro_batch,
         activation_checkpointing=activation_checkpointing,
     )

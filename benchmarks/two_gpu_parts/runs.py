@@ -40,7 +40,7 @@ def write_inputs(setting: Setting, folder: Path) -> None:
 
 def recipe(setting: Setting, folder: Path, name: str, **changes: dict[str, Any]) -> TrainRecipe:
     """changes: by section."""
-    prompts, tokens, at_once = (64, 256, 256) if setting.is_gpu else (6, 16, 16)
+    prompts, tokens, at_once = (32, 256, 256) if setting.is_gpu else (6, 16, 16)
     sections: dict[str, Any] = {
         "name": name,
         "steps": 8,

@@ -256,22 +256,23 @@ class Engine:
         strange = [name for name, parameter in parameters.items() if parameter.shape != tensors[name].shape]
         if strange:
             raise ValueError(f"weights of version {version} have other shapes: {', '.join(strange)}; none was taken")
-        with torch.no_grad(), self.changing_weights(version, caches=caches):
+        with torch.no_grad(), self.changing_weights(caches=caches):
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
+        self.policy_version = version
 
     @contextmanager
-    def changing_weights(self, version: int, *, caches: Caches = "keep") -> Iterator[None]:
-        """For who writes new weights over the decoder's own, between two steps; `update_weights` where they are whole.
+    def changing_weights(self, *, caches: Caches) -> Iterator[None]:
+        """For who writes new weights over the decoder's own, between two steps, and their version into policy_version.
 
-        All of them must be written, or the engine holds no policy any more.
+        `update_weights` does where they are whole. All must be written, or the engine holds no policy any more.
         """
         if caches == "recompute":
             with torch.inference_mode():
                 self._settle()
                 self._forget_states()
         yield
-        self.policy_version = version
+        torch.autograd.graph.increment_version(list(self.decoder.parameters()))
 
     def _forget_states(self) -> None:
         shared = {reading.slot for reading in self._room.readings if len(reading.sequences) > 1}
