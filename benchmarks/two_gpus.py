@@ -24,7 +24,7 @@ from pathlib import Path
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 sys.path.insert(0, str(Path(__file__).parent))
 
-PARTS = {"broadcast": 75, "equal": 130, "speed": 150, "ahead": 130, "killed": 90}
+PARTS = {"broadcast": 60, "equal": 180, "speed": 150, "ahead": 150, "killed": 100}
 """Modules of two_gpu_parts in their order, and the seconds that each may take."""
 
 

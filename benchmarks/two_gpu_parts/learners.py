@@ -1,7 +1,7 @@
 """Learners with random policies and the groups that they train on, the same on every rank."""
 
+import gc
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -72,8 +72,9 @@ def groups_of(step: int, config: ModelConfig, *, groups: int, tokens: int) -> li
     return made
 
 
-def free(path: Path | None = None) -> None:
-    """Give back what a learner that is gone held."""
+def free() -> None:
+    """Give back what a learner that is gone held; sharded modules refer to themselves."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
