@@ -209,6 +209,12 @@ def test_attacks_pass_nothing_that_is_wrong(judge: Judge, name: str) -> None:
     assert verdict.passed < verdict.total == 6
 
 
+@pytest.mark.parametrize("path", ["calc/core.py/x", "calc", "calc/" + "x" * 300 + ".py"])
+def test_files_that_cannot_be_written_are_a_failure_and_mask_nothing(judge: Judge, path: str) -> None:
+    verdict = judge({"calc/core.py": RIGHT, path: "x = 1"})
+    assert (verdict.status, verdict.passed) == (VerdictStatus.RUNTIME_ERROR, 0), verdict
+
+
 def test_who_cheats_where_it_knows_the_answer_of_one_test_is_found_out(judge: Judge) -> None:
     source = """
 import sys, _pytest.python
