@@ -46,9 +46,9 @@ def judge_repo(
     """Lay the agent's files over the base, and run the tests `must_pass` (ids of pytest, from the hidden tests' root).
 
     All files are texts by their relative path. The limits hold for each run of pytest; there are at least five where
-    any test passes. A sandbox that fails is tried again after each of the pauses; if it fails to the last the status is
-    sandbox_error. Raises ValueError when the base or the tests are at fault: a path that leaves its folder, a test that
-    is not there or compares nothing.
+    any test passes, fewer where none can any more. A sandbox that fails is tried again after each of the pauses; if it
+    fails to the last the status is sandbox_error. Raises ValueError when the base or the tests are at fault: a path
+    that leaves its folder, a test that is not there or compares nothing.
     """
     _check(base_files, hidden_tests, must_pass)
     conftests = conftests_of(base_files, hidden_tests)
@@ -59,15 +59,18 @@ def judge_repo(
     plan = _plan_twins(hidden_tests, choices, chance)
     flags = ["dropped_files"] if dropped else []
     flags += ["weak_twins"] if any(edit.rank == TURNED_ROUND for edits in choices.values() for edit in edits) else []
+    runs: list[_Run] = []
+    altered: list[frozenset[str]] = []
     try:
-        runs = [_run(sandbox, trees, {**conftests, **hidden_tests}, must_pass, limits, pauses_s)]
-        if any(map(runs[0].has_passed, must_pass)):
-            runs += [_run(sandbox, trees, {**conftests, **tests}, must_pass, limits, pauses_s) for tests, _ in plan]
+        for tests, functions in [(hidden_tests, frozenset[str]()), *plan]:
+            runs.append(_run(sandbox, trees, {**conftests, **tests}, must_pass, limits, pauses_s))
+            altered.append(functions)
+            if all(_status(runs, altered, test_id) is not TestStatus.PASSED for test_id in must_pass):
+                break  # no further run can change that
     except FailedAttemptsError as error:
         return unknown_verdict(error, len(must_pass))
-    altered = [frozenset[str](), *(functions for _, functions in plan)]
     statuses = [_status(runs, altered, test_id) for test_id in must_pass]
-    is_ok = all(run.is_as_planned(must_pass, functions) for run, functions in zip(runs, altered, strict=False))
+    is_ok = all(run.is_as_planned(must_pass, functions) for run, functions in zip(runs, altered, strict=True))
     if not is_ok and all(status is TestStatus.PASSED for status in statuses):
         # Some run reported more than it was asked for, or an end that does not fit.
         statuses = [TestStatus.WRONG_ANSWER] * len(must_pass)
