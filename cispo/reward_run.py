@@ -20,6 +20,7 @@ from rich.text import Text
 
 from cispo.data import DataSettings, load_prompts
 from cispo.errors import DataError, RewardError
+from cispo.rewards.resolve import one_line
 from cispo.rewards.reward_set import RewardSet
 from cispo.rewards.settings import RewardSettings
 from cispo.sandboxes.settings import SandboxSettings
@@ -109,8 +110,9 @@ def print_results(results: Iterator[RowResult], console: Console) -> int:
         details = "; ".join([parts, *(f"{name}: {value}" for name, value in row.score.info.items())])
         value = f"{row.score.value:g}" if is_ok else "-"
         text = details if is_ok else row.score.message
-        # Text, so that no bracket of a message is taken for markup.
-        table.add_row(Text(row.id), Text(row.score.status.value), value, f"{row.wall_s:.3f}", Text(text))
+        # Text, so that no bracket of a message is taken for markup; in one line, as it may quote a completion.
+        shown = map(Text, (one_line(row.id), row.score.status.value, value, f"{row.wall_s:.3f}", one_line(text)))
+        table.add_row(*shown)
     console.print(table)
     values = [row.score.value for row in rows if row.score.status is ScoreStatus.OK]
     failed = len(rows) - len(values)

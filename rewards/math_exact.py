@@ -1,5 +1,6 @@
 """The exact value of an expression, where that is rational; numbers beyond a bound are refused, not computed."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -9,8 +10,11 @@ from cispo.rewards.math_tokens import UnparsedError
 MAX_BITS = 100_000
 """Bits of the largest numerator or denominator that is computed exactly."""
 MAX_FACTORIAL = 5000
+MAX_CACHED = 1024
+"""Values kept: more than the parts of one comparison, which are asked for again and again on the way up."""
 
 
+@functools.lru_cache(MAX_CACHED)
 def exact_value(tree: Tree) -> Fraction | None:
     """The value where it is rational and found by arithmetic alone, else None.
 
@@ -75,11 +79,13 @@ def _integer_root(value: int, degree: int) -> int | None:
     if degree == 2:
         root = math.isqrt(value)
         return root if root * root == value else None
-    low, high = 0, 1 << (value.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**degree <= value else (low, middle - 1)
-    return low if low**degree == value else None
+    # Newton's steps from above, which fall to the root in a few dozen.
+    root = 1 << (-(-value.bit_length() // degree))
+    while True:
+        lower = ((degree - 1) * root + value // root ** (degree - 1)) // degree
+        if lower >= root:
+            return root if root**degree == value else None
+        root = lower
 
 
 def _factorial(value: Fraction) -> Fraction:

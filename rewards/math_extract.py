@@ -11,7 +11,8 @@ import re
 MAX_COMPLETION_CHARS = 400_000
 MARKS = re.compile(r"\\(?:boxed|fbox)\s{0,8}(?:\{|\d)|\\.|[{}]", re.DOTALL)
 HASHES = re.compile(r"####[ \t]*([^\n]+)")
-SPOKEN = re.compile(r"\banswer(?:\s+is\s*:?|\s*:)\s*([^\n]+)", re.IGNORECASE)
+# What is taken is not given back, or white space without end would be shared out in all ways.
+SPOKEN = re.compile(r"\banswer(?:\s++is\s*+:?+|\s*+:)\s*+([^\n]+)", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=[^.])\.(?:\s+[A-Z].*|\s*)$")
 
 

@@ -5,6 +5,7 @@ A token is a pair of its kind and its value: ("number", Fraction), ("letter", "x
 is computed. Text that has no tokens raises UnparsedError.
 """
 
+import itertools
 import re
 import unicodedata
 from fractions import Fraction
@@ -25,8 +26,6 @@ class UnparsedError(ValueError):
     """The text is no answer that can be read without doubt."""
 
 
-SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
-SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 SYMBOLS = {
     "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00f7": r"\div ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ",
     "\u2217": "*", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u00b0": r"^\circ ", "\u2264": r"\le ",
@@ -100,7 +99,7 @@ def tokens_of(text: str) -> list[Token]:
 
 
 def _plain_latex(text: str) -> str:
-    text = _raised(_raised(text, SUPERSCRIPTS, "^"), SUBSCRIPTS, "_")
+    text = _raised(_raised(text, "<super>", "^"), "<sub>", "_")
     text = re.sub(r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
     text = "".join(SYMBOLS.get(character, character) for character in text)
     # A space keeps the whole part of 2½ apart.
@@ -122,8 +121,16 @@ def _plain_latex(text: str) -> str:
     return text
 
 
-def _raised(text: str, table: dict[str, str], mark: str) -> str:
-    return re.sub(f"[{''.join(table)}]+", lambda run: f"{mark}{{{''.join(table[c] for c in run[0])}}}", text)
+def _raised(text: str, form: str, mark: str) -> str:
+    """Superscript or subscript characters, such as those of 2⁽ⁿ⁺¹⁾, as an exponent or an index."""
+    pieces = []
+    for is_raised, run in itertools.groupby(text, lambda c: unicodedata.decomposition(c).startswith(form)):
+        plain = "".join(run)
+        if is_raised:
+            codes = [code for c in plain for code in unicodedata.decomposition(c).split()[1:]]
+            plain = f"{mark}{{{''.join(chr(int(code, 16)) for code in codes)}}}"
+        pieces.append(plain)
+    return "".join(pieces)
 
 
 def _tokens(match: re.Match[str], before: list[Token], has_space: bool) -> list[Token]:

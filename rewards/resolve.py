@@ -87,11 +87,15 @@ def takes_all_columns(function: Callable[..., Any]) -> bool:
 
 
 def one_line(value: object) -> str:
-    """The text of anything, in one line; even of what fails to say what it is."""
+    """The text of anything, in one line; even of what fails to say what it is.
+
+    Control characters are written as escapes: an error may quote a completion, and goes to terminals.
+    """
     try:
-        return " ".join(str(value).split())
+        text = " ".join(str(value).split())
     except Exception:  # the value is a user's own, and its __str__ may raise anything
         return f"a {type(value).__name__} that cannot be shown"
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def describe_error(error: BaseException, file: str | None = None) -> str:

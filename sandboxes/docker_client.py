@@ -14,6 +14,7 @@ OWNER_LABEL = "cispo.sandbox.owner"
 USER_ID = 65534
 # The first process of the container.
 OVERHEAD_PIDS = 1
+Sizes = tuple[int, int, int]
 
 
 def connect() -> Any:
@@ -75,6 +76,11 @@ def image_id(client: Any, name: str) -> str:
         raise SandboxError(
             f"the Docker image {name!r} is not here; run: python -m cispo.sandboxes.build_image, or name another"
         ) from error
+
+
+def sizes_of(limits: Limits) -> Sizes:
+    """Those limits that a container is made with: its memory, processes and folders; the others are its session's."""
+    return limits.memory_mib, limits.pids, limits.files_mib
 
 
 def create_container(

@@ -3,7 +3,7 @@
 A container has no network, a read-only root, no capabilities and no way to gain any, the daemon's seccomp filter, a
 user id that owns nothing, and two writable folders of limited size in memory: /task, its working folder, and /tmp.
 Memory, processes and output are bounded for the container as a whole. Up to `workers` containers are made in advance
-for the limits that were asked for last, since making one takes longer than starting it.
+for the sizes that were asked for last, since making one takes longer than starting it.
 
 The first process inside is session_server.py, which starts the program, stops it at its limits and tells how it ended;
 the program can neither end it nor speak in its name. A `run` is a session of one command. Time differs from bubblewrap:
@@ -25,11 +25,13 @@ from cispo.sandboxes.bounds import check_files
 from cispo.sandboxes.bubblewrap import ENVIRONMENT
 from cispo.sandboxes.docker_client import (
     DEFAULT_IMAGE,
+    Sizes,
     connect,
     create_container,
     image_id,
     reap,
     remove,
+    sizes_of,
 )
 from cispo.sandboxes.docker_stream import AttachedChannel
 from cispo.sandboxes.session import SERVER_SOURCE, Session
@@ -150,9 +152,9 @@ class DockerSandbox:
         return session
 
     def _take(self, limits: Limits) -> Any:
-        """A container that was made for these limits, or a new one; orders the next."""
+        """A container that was made for such limits, or a new one; orders the next."""
         with self._lock:
-            outdated, spare = self._spares.take(limits)
+            outdated, spare = self._spares.take(sizes_of(limits))
             if not self._is_closed:
                 self._maker.submit(self._prepare, limits, outdated)
         return spare if spare is not None else self._create(limits)
@@ -162,7 +164,8 @@ class DockerSandbox:
             remove(container)
         spares = self._spares
         with self._lock:
-            is_wanted = limits == spares.limits and len(spares.containers) < self._workers and not self._is_closed
+            is_fitting = sizes_of(limits) == spares.sizes
+            is_wanted = is_fitting and len(spares.containers) < self._workers and not self._is_closed
         if is_wanted:
             container = self._create(limits)
             with self._lock:
@@ -203,18 +206,18 @@ class DockerSandbox:
 
 
 class Spares:
-    """Containers that are made but not started, all for the limits that were asked for last."""
+    """Containers that are made but not started, all of the sizes that were asked for last."""
 
     def __init__(self) -> None:
         self.containers: deque[Any] = deque()
-        self.limits: Limits | None = None
+        self.sizes: Sizes | None = None
 
-    def take(self, limits: Limits) -> tuple[list[Any], Any]:
-        """Those that have other limits, to be removed, and one that has these or None."""
-        outdated = list(self.containers) if limits != self.limits else []
-        if limits != self.limits:
+    def take(self, sizes: Sizes) -> tuple[list[Any], Any]:
+        """Those that have other sizes, to be removed, and one that has these or None."""
+        outdated = list(self.containers) if sizes != self.sizes else []
+        if sizes != self.sizes:
             self.containers.clear()
-            self.limits = limits
+            self.sizes = sizes
         return outdated, self.containers.popleft() if self.containers else None
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cispo.sandboxes import repo_launcher
 from cispo.sandboxes.attempts import END_STATUS, RETRY_PAUSES_S, FailedAttemptsError, run_patiently, unknown_verdict
-from cispo.sandboxes.repo_files import conftests_of, is_plain_path, overlay, pytest_archive
+from cispo.sandboxes.repo_files import allowed_files, conftests_of, is_plain_path, pytest_archive
 from cispo.sandboxes.twins import TURNED_ROUND, Edit, apply, edits_of, function_of
 from cispo.sandboxes.types import ExecResult, ExecStatus, Limits, Sandbox, TestStatus, Verdict, VerdictStatus
 
@@ -46,27 +46,31 @@ def judge_repo(
     """Lay the agent's files over the base, and run the tests `must_pass` (ids of pytest, from the hidden tests' root).
 
     All files are texts by their relative path. The limits hold for each run of pytest; there are at least five where
-    any test passes. A sandbox that fails is tried again after each of the pauses; if it fails to the last the status is
-    sandbox_error. Raises ValueError when the base or the tests are at fault: a path that leaves its folder, a test that
-    is not there or compares nothing.
+    any test passes, fewer where none can any more. A sandbox that fails is tried again after each of the pauses; if it
+    fails to the last the status is sandbox_error. Raises ValueError when the base or the tests are at fault: a path
+    that leaves its folder, a test that is not there or compares nothing.
     """
     _check(base_files, hidden_tests, must_pass)
     conftests = conftests_of(base_files, hidden_tests)
-    tree, dropped = overlay(base_files, agent_files, hidden_tests)
-    chance = _chance(tree, hidden_tests, must_pass)
+    allowed, dropped = allowed_files(base_files, agent_files, hidden_tests)
+    trees = (base_files, allowed)
+    chance = _chance({**base_files, **allowed}, hidden_tests, must_pass)
     choices = {"::".join(function_of(test_id)): edits_of(hidden_tests, test_id, chance) for test_id in must_pass}
     plan = _plan_twins(hidden_tests, choices, chance)
     flags = ["dropped_files"] if dropped else []
     flags += ["weak_twins"] if any(edit.rank == TURNED_ROUND for edits in choices.values() for edit in edits) else []
+    runs: list[_Run] = []
+    altered: list[frozenset[str]] = []
     try:
-        runs = [_run(sandbox, tree, {**conftests, **hidden_tests}, must_pass, limits, pauses_s)]
-        if any(map(runs[0].has_passed, must_pass)):
-            runs += [_run(sandbox, tree, {**conftests, **tests}, must_pass, limits, pauses_s) for tests, _ in plan]
+        for tests, functions in [(hidden_tests, frozenset[str]()), *plan]:
+            runs.append(_run(sandbox, trees, {**conftests, **tests}, must_pass, limits, pauses_s))
+            altered.append(functions)
+            if all(_status(runs, altered, test_id) is not TestStatus.PASSED for test_id in must_pass):
+                break  # no further run can change that
     except FailedAttemptsError as error:
         return unknown_verdict(error, len(must_pass))
-    altered = [frozenset[str](), *(functions for _, functions in plan)]
     statuses = [_status(runs, altered, test_id) for test_id in must_pass]
-    is_ok = all(run.is_as_planned(must_pass, functions) for run, functions in zip(runs, altered, strict=False))
+    is_ok = all(run.is_as_planned(must_pass, functions) for run, functions in zip(runs, altered, strict=True))
     if not is_ok and all(status is TestStatus.PASSED for status in statuses):
         # Some run reported more than it was asked for, or an end that does not fit.
         statuses = [TestStatus.WRONG_ANSWER] * len(must_pass)
@@ -170,15 +174,16 @@ class _Run:
 
 def _run(
     sandbox: Sandbox,
-    tree: Mapping[str, str],
+    trees: Sequence[Mapping[str, str]],
     tests: Mapping[str, str],
     must_pass: Sequence[str],
     limits: Limits,
     pauses_s: Sequence[float],
 ) -> _Run:
+    """trees: the base and what of the agent's is laid over it; where that cannot be written, the failure is its own."""
     has_conftest = any(path.rpartition("/")[2] == "conftest.py" for path in tests)
-    files = {path: text.encode("utf-8", "replace").decode() for path, text in tree.items()}
-    request = marshal.dumps((pytest_archive(), files, dict(tests), has_conftest, list(must_pass)), 2)
+    base, over = ({path: text.encode("utf-8", "replace").decode() for path, text in tree.items()} for tree in trees)
+    request = marshal.dumps((pytest_archive(), base, over, dict(tests), has_conftest, list(must_pass)), 2)
     argv = [sandbox.capabilities().python, "-s", "-B", "-c", LAUNCHER_SOURCE]
     run = _Run(run_patiently(sandbox, argv, limits, stdin=request, pauses_s=pauses_s))
     ready, *lines = run.result.stdout.split(b"\n")

@@ -20,13 +20,15 @@ class TreeUsage:
     starved_s: how long the program was ready to run without getting a core. It is the sum along the way to it, where
     each waits for the next, and of the program's own processes the one that waited longest: were they added up, a
     program could wait for itself many times over. A wait counts when it is over.
-    is_runnable: some process runs, or waits for a core or a disk, at this moment.
+    is_runnable: some process runs, or waits for a core, at this moment.
+    is_uninterruptible: some process waits for a disk, or for a child made by vfork, which looks the same.
     """
 
     cpu_s: float = 0.0
     resident_bytes: int = 0
     starved_s: float = 0.0
     is_runnable: bool = False
+    is_uninterruptible: bool = False
 
 
 def tree_usage(root_pid: int) -> TreeUsage:
@@ -45,7 +47,8 @@ def tree_usage(root_pid: int) -> TreeUsage:
         cpu_s=sum(sum(map(int, stats[pid][11:15])) for pid in found) / CLOCK_TICKS_PER_S,
         resident_bytes=sum(int(stats[pid][21]) for pid in found) * PAGE_BYTES,
         starved_s=sum(map(_starved_s, way)) + max(map(_starved_s, own), default=0.0),
-        is_runnable=any(stats[pid][0] in (b"R", b"D") for pid in found),
+        is_runnable=any(stats[pid][0] == b"R" for pid in found),
+        is_uninterruptible=any(stats[pid][0] == b"D" for pid in found),
     )
 
 

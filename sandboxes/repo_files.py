@@ -24,13 +24,13 @@ STEERING_FOLDERS = frozenset({".git", "__pycache__", "tests", "test", "testing"}
 STEERING_SUFFIXES = frozenset({".pth", ".pyc", ".pyo", ".so", ".pyd"})
 
 
-def overlay(
+def allowed_files(
     base_files: Mapping[str, str], agent_files: Mapping[str, str], hidden_tests: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """The base with the agent's files over it, and the names of those that were left out."""
+    """Those of the agent's files that count, to be laid over the base, and the names of those that do not."""
     own_names = {PurePosixPath(name).parts[0].removesuffix(".py") for name in base_files}
     allowed = {name: text for name, text in agent_files.items() if _is_allowed(name, own_names, hidden_tests)}
-    return {**base_files, **allowed}, sorted(set(agent_files) - set(allowed))
+    return allowed, sorted(set(agent_files) - set(allowed))
 
 
 def conftests_of(base_files: Mapping[str, str], hidden_tests: Mapping[str, str]) -> dict[str, str]:

@@ -1,9 +1,10 @@
 """Runs inside the sandbox: lays out a repository and its hidden tests, then runs pytest on them.
 
 A script like driver.py. It reads one marshalled request from stdin (pytest as a zip archive, the files of the
-repository, those of the tests, whether the tests bring a conftest, and the ids to run) and writes one line of JSON when
-pytest is there, one for each phase of each test and one for the end. All of that happens in one process with the
-repository's code, which can forge the lines: judge_repo.py does not believe a run alone.
+repository, the agent's over them, those of the tests, whether the tests bring a conftest, and the ids to run) and
+writes one line of JSON when all but the agent's files is there, one for each phase of each test and one for the end.
+All of that happens in one process with the repository's code, which can forge the lines: judge_repo.py does not believe
+a run alone.
 """
 
 import json
@@ -38,7 +39,7 @@ def write_files(folder: str, files: "dict[str, str]") -> None:
 
 def main() -> None:
     sys.path[:] = [folder for folder in sys.path if folder.startswith("/usr") or folder.startswith(sys.base_prefix)]
-    archive, repository, tests, has_conftest, ids = marshal.loads(sys.stdin.buffer.read())
+    archive, repository, agents, tests, has_conftest, ids = marshal.loads(sys.stdin.buffer.read())
     repository_folder, tests_folder = os.path.abspath("repository"), os.path.abspath("hidden")
     write_files(repository_folder, repository)
     write_files(tests_folder, tests)
@@ -56,6 +57,7 @@ def main() -> None:
     import pytest
 
     say("ready")
+    write_files(repository_folder, agents)  # what cannot be written here is the agent's fault
     # Behind the standard library, so that no file of the repository can stand for one of it.
     sys.path += [repository_folder, os.path.join(repository_folder, "src"), tests_folder]
     os.chdir(repository_folder)  # as whoever runs the tests of a repository stands there

@@ -32,6 +32,8 @@ READ_BYTES = 1 << 16
 WARDEN_TIMEOUT_S = 30.0
 # A program that gets no core is waited for so many times its limit by the clock: it decides nothing but patience.
 STARVED_WALL_FACTOR = 30
+# One that waits as for a disk is waited for so many times: a program can seem to, by vfork, as long as it likes.
+DISK_WALL_FACTOR = 3
 # bubblewrap and its first process inside.
 OVERHEAD_PIDS = 2
 # The warden, and one more: where both hold, the limit of the user id is met first. It refuses at once, while the
@@ -291,7 +293,8 @@ class Watch:
             return ExecStatus.MEMORY_LIMIT
         self._starved_s = max(self._starved_s, usage.starved_s)  # of a process that has ended since, too
         # What runs or waits for a core is left to the limit on CPU seconds.
-        if is_late and not usage.is_runnable and elapsed_s - self._starved_s >= self.limits.wall_s:
+        patience_s = self.limits.wall_s * (DISK_WALL_FACTOR if usage.is_uninterruptible else 1)
+        if is_late and not usage.is_runnable and elapsed_s - self._starved_s >= patience_s:
             return ExecStatus.TIMEOUT
         if elapsed_s >= STARVED_WALL_FACTOR * self.limits.wall_s:
             raise SandboxError(

@@ -3,6 +3,7 @@ the configurations of every family."""
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,17 @@ def small_policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_policy(initialise_policy(folder, seed=0, dtype=torch.float32, device="cpu"), folder)
     write_byte_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_left_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The short run of the code recipe (runs.SHORT_RUN) that nobody disturbs, and the seconds that it took."""
+    from tests.runs import SHORT_RUN, finish, start_training
+
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    started = time.monotonic()
+    finish(start_training(folder, "code", [*SHORT_RUN, "rollout.workers=1", "sandbox.workers=1"]), folder)
+    return folder, time.monotonic() - started
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 Record = dict[str, Any]
+SHORT_RUN = (
+    "steps=4", "rollout.prompts_per_step=8", "rollout.group_size=4", "learner.updates_per_step=4", "evaluation=null",
+    "ray.dashboard=false", "logging.console=lines",
+)  # fmt: skip
 
 LIMITS = ("timeout", "memory_limit")
 

@@ -13,13 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import assert_same_run, descendants, finish, name_of, printed, records, start_training
+from tests.runs import SHORT_RUN, assert_same_run, descendants, finish, name_of, printed, records, start_training
 
 ROLES = {"rollout": "RolloutWorker", "reward": "RewardWorker", "learner": "LearnerActor"}
 QUIET = ("ray.dashboard=false", "logging.console=lines")
-SHORT = (
-    "steps=4", "rollout.prompts_per_step=8", "rollout.group_size=4", "learner.updates_per_step=4", "evaluation=null",
-)  # fmt: skip
 
 
 def actors(run: subprocess.Popen[bytes], role: str) -> list[int]:
@@ -69,10 +66,12 @@ def _deaths(record: dict[str, float]) -> dict[str, int]:
     return {name.removeprefix("faults/"): int(value) for name, value in record.items() if name.startswith("faults/")}
 
 
-def test_a_run_whose_actors_are_killed_equals_one_left_alone(tmp_path: Path) -> None:
-    alone, folder = tmp_path / "alone", tmp_path / "killed"
-    finish(start_training(alone, "code", [*QUIET, *SHORT]), alone)
-    run = start_training(folder, "code", [*QUIET, *SHORT])
+def test_a_run_whose_actors_are_killed_equals_one_left_alone(
+    run_left_alone: tuple[Path, float], tmp_path: Path
+) -> None:
+    """The one left alone had a worker of each kind, so the numbers do not depend on how many there are either."""
+    folder = tmp_path / "killed"
+    run = start_training(folder, "code", SHORT_RUN)
 
     def after_each_step() -> Iterator[None]:
         for step in range(3):
@@ -83,7 +82,7 @@ def test_a_run_whose_actors_are_killed_equals_one_left_alone(tmp_path: Path) -> 
     killed = kill_in_turn(run, after_each_step(), random.Random(3))
     finish(run, folder)
     assert killed == {"rollout": 1, "reward": 1, "learner": 1}
-    check(alone, folder, killed, "an actor killed after each step")
+    check(run_left_alone[0], folder, killed, "an actor killed after each step")
 
 
 @pytest.mark.slow

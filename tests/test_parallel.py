@@ -3,6 +3,7 @@
 Some dozens of small all-to-alls are waited for, so what this takes is mostly the start of the processes.
 """
 
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,8 +48,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outcomes of all tasks, each in a file."""
     path = tmp_path_factory.mktemp("ranks")
     _alone(BEFORE, path)
+    multiprocessing.set_forkserver_preload(["tests.rank_tasks"])
     for world_size, tasks in ((2, TWO), (4, FOUR)):
-        mp.spawn(run_rank, args=(world_size, path, tasks), nprocs=world_size)
+        # Ranks are forks of a server that has imported what they need once.
+        mp.start_processes(run_rank, args=(world_size, path, tasks), nprocs=world_size, start_method="forkserver")
     _alone(AFTER, path)
     return path
 

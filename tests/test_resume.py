@@ -8,26 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import assert_same_run, finish, first_difference, kill_everything, start_training
+from tests.runs import SHORT_RUN, assert_same_run, finish, first_difference, kill_everything, start_training
 
 STEPS = 4
-ARGUMENTS = [
-    f"steps={STEPS}", "rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.workers=1", "sandbox.workers=1",
-    "learner.updates_per_step=4", "evaluation=null", "ray.dashboard=false", "logging.console=lines",
-]  # fmt: skip
+ARGUMENTS = [*SHORT_RUN, "rollout.workers=1", "sandbox.workers=1"]
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
     return start_training(folder, "code", [*ARGUMENTS, *options])
-
-
-@pytest.fixture(scope="module")
-def left_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The run that nobody disturbs, and the seconds that it took."""
-    folder = tmp_path_factory.mktemp("runs") / "alone"
-    started = time.monotonic()
-    finish(start(folder), folder)
-    return folder, time.monotonic() - started
 
 
 def kill_after(folder: Path, delay_s: float) -> None:
@@ -44,9 +32,9 @@ def steps_kept(folder: Path) -> int:
     return max((int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*")), default=0)
 
 
-def test_a_killed_and_resumed_run_equals_one_left_alone(left_alone: tuple[Path, float], tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_equals_one_left_alone(run_left_alone: tuple[Path, float], tmp_path: Path) -> None:
     """The killed run is a second run with the same seed up to the kill, so this shows repeatability too."""
-    alone, seconds = left_alone
+    alone, seconds = run_left_alone
     delay_s = random.uniform(0.3, 0.8) * seconds
     print(f"killed {delay_s:.2f} s after the run folder appeared")
     kill_after(tmp_path / "killed", delay_s)
@@ -55,8 +43,8 @@ def test_a_killed_and_resumed_run_equals_one_left_alone(left_alone: tuple[Path, 
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_any_time(left_alone: tuple[Path, float], tmp_path: Path) -> None:
-    alone, seconds = left_alone
+def test_twenty_kills_at_any_time(run_left_alone: tuple[Path, float], tmp_path: Path) -> None:
+    alone, seconds = run_left_alone
     for attempt in range(20):
         delay_s = random.uniform(0.0, seconds)
         folder = tmp_path / f"killed_{attempt}"

@@ -52,6 +52,20 @@ def test_built_ins_and_other_column_names(data: str, capsys: pytest.CaptureFixtu
     assert "3 rows: mean 1, from 1 to 1" in capsys.readouterr().out
 
 
+def test_what_a_reward_quotes_gives_the_terminal_no_orders(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("quote.py").write_text(
+        "from cispo.types import Score\n"
+        "def quote(prompt, completion):\n"
+        "    if completion == 'bad':\n"
+        "        raise ValueError('\\x1b[2J')\n"
+        "    return Score(1.0, info={'said': '\\x1b]0;x\\x07'})\n"
+    )
+    assert main(["reward", "quote.py:quote", "--data", data]) == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out
+    assert r"said: \x1b]0;x\x07" in out and r"ValueError: \x1b[2J" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

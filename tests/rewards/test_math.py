@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,24 @@ def test_statuses(pool: MathPool, gold: str, prediction: str, status: MathStatus
     verdict = is_equal(gold, prediction, pool=pool)
     assert (verdict.status, verdict.method) == (status, method)
     assert bool(verdict.message) == (status is not MathStatus.OK)
+
+
+FACTORIALS = [f"{5000 - place}!" for place in range(100)]
+COSTLY = {
+    "a sum of factorials": ("1", "x+" + "+".join(FACTORIALS)),
+    "a set of factorials": (r"\{1,2\}", r"\{" + ",".join(FACTORIALS) + r"\}"),
+    "an irrational root of a large number": ("1", r"\sqrt[3]{3^{49000}+1}"),
+    "roots of a large number": ("1", "+".join(rf"\sqrt[{degree}]{{3^{{49000}}}}" for degree in range(40, 65))),
+    "white space without an answer": ("1", "the answer is" + "\n" * 50_000),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_no_answer_takes_long_outside_of_the_pool(name: str) -> None:
+    """Here nothing can stop a comparison, and a reward's time-out would mask the sample."""
+    started = time.process_time()
+    verdict = is_equal(*COSTLY[name], pool=DeadPool({"equal": ""}))
+    assert not verdict.equal and time.process_time() - started < 2.0
 
 
 def test_the_pool_survives_what_the_filters_would_refuse(pool: MathPool) -> None:
@@ -186,6 +205,7 @@ def test_a_percent_sign_may_be_optional(answer: str, found: str, value: float) -
         ("The answer is 3. Well done.", "3"),
         ("Answer: 2.5", "2.5"),
         ("the answer is 1\nthe answer is 2", "2"),
+        ("the answer is\n\n 3 \nthe answer is \n", "3"),
         ("<think>the answer is 4</think>", None),
         ("4", None),
     ],

@@ -168,6 +168,7 @@ def test_a_function_cannot_change_the_row_for_others(make: Make) -> None:
 
 FAILURES = {
     "raises": ("raise ValueError('no\\nway')", "raised ValueError: no way (mine.py:7)"),
+    "orders a terminal": ("raise ValueError(chr(27) + '[2Jx')", "raised ValueError: \\x1b[2Jx (mine.py:7)"),
     "asserts": ("assert False", "raised AssertionError (mine.py:7)"),
     "exits": ("import sys; sys.exit(2)", "raised SystemExit: 2 (mine.py:7)"),
     "interrupts": ("raise KeyboardInterrupt", "raised KeyboardInterrupt (mine.py:7)"),

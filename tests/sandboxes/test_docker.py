@@ -1,5 +1,6 @@
 """What the docker backend encloses, bounds and leaves behind. Needs a Docker daemon and the image of build_image.py."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -124,6 +125,16 @@ except OSError as error:
     assert run(source).stdout.split() == [b"8", b"28"]
 
 
+def test_containers_made_in_advance_serve_whoever_wants_their_sizes(docker: Any, run: Run) -> None:
+    run("pass")
+    docker._maker.submit(lambda: None).result()
+    spares = list(docker._spares.containers)
+    assert spares
+    assert run("print(1)", limits=dataclasses.replace(SMALL, wall_s=7.0, output_kib=1)).stdout == b"1\n"
+    docker._maker.submit(lambda: None).result()
+    assert spares[1:] == list(docker._spares.containers)[: len(spares) - 1]
+
+
 def test_a_daemon_does_not_hold_the_result_nor_outlive_it(run: Run) -> None:
     source = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\nprint('done')"
     started = time.monotonic()
@@ -134,7 +145,11 @@ def test_a_daemon_does_not_hold_the_result_nor_outlive_it(run: Run) -> None:
 JUDGED = Limits(wall_s=20.0, cpu_s=2.0, memory_mib=128, pids=16, output_kib=64, files_mib=8)
 CALLS = [{"args": [2, 3], "expected": 5}, {"args": [20, 22], "expected": 42}]
 ASSERTS = "def check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(20, 22) == 42\n"
-TESTS = {"test_sum.py": "from work import f\n\ndef test_f():\n    assert f(20, 22) == 42\n"}
+TESTS = {
+    "test_sum.py": "from work import f\n\ndef test_f():\n    assert f(20, 22) == 42\n\n"
+    "def test_small():\n    assert f(2, 3) == 5\n\ndef test_half():\n    assert f(0.5, 0.25) == 0.75\n"
+}
+IDS = [f"test_sum.py::test_{name}" for name in ("f", "small", "half")]
 SAME = "class A:\n    __eq__ = lambda s, o: True\ndef f(a, b): return A()"
 EXITS = "import os\ndef f(a, b): os._exit(0)"
 FORGES = """
@@ -166,7 +181,7 @@ def test_the_judges_reach_the_same_verdicts_here(docker: Sandbox, source: str, i
     verdicts = [
         judge_calls(docker, source, "f", CALLS, JUDGED),
         judge_asserts(docker, source, ASSERTS, "f", JUDGED),
-        judge_repo(docker, {"work.py": ""}, {"work.py": source}, TESTS, ["test_sum.py::test_f"], JUDGED),
+        judge_repo(docker, {"work.py": ""}, {"work.py": source}, TESTS, IDS, JUDGED),
     ]
     assert [verdict.status is VerdictStatus.OK for verdict in verdicts] == [is_right] * 3, verdicts
     assert VerdictStatus.SANDBOX_ERROR not in [verdict.status for verdict in verdicts]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import marshal
 import textwrap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import pytest
 
 from cispo.sandboxes import Limits, Sandbox, Verdict, VerdictStatus
 from cispo.sandboxes.judge import judge_asserts
-from cispo.sandboxes.judge_asserts import MAX_ROUNDS
+from cispo.sandboxes.judge_asserts import FIRST_CALLS, MAX_ROUNDS
 from cispo.sandboxes.types import TestStatus
 
 LIMITS = Limits(wall_s=20.0, cpu_s=1.0, memory_mib=96, pids=16, output_kib=64, files_mib=8)
@@ -234,6 +235,24 @@ def test_tests_that_call_nothing_are_a_mistake_in_the_data(judge: Judge, tests: 
 def test_arguments_that_cannot_cross_mask_the_sample(judge: Judge) -> None:
     verdict = judge("def f(g): return g(1)", "assert f(lambda x: x) == 1")
     assert (verdict.status, verdict.passed) == (VerdictStatus.SANDBOX_ERROR, 0)
+
+
+def test_first_calls_are_asked_for_once_and_wrong_ones_change_no_verdict(
+    sandbox: Sandbox, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    run = sandbox.run
+    monkeypatch.setattr(sandbox, "run", lambda *rest, **named: runs.append(rest) or run(*rest, **named))
+    counts = []
+    for source, status in (("a + b", "ok"), ("a + b", "ok"), ("a - b", "wrong_answer")):
+        runs.clear()
+        assert judge(f"def f(a, b): return {source}", "assert f(3, 4) == 7").status == status
+        counts.append(len(runs))
+    assert counts == [3, 2, 2]
+    FIRST_CALLS["assert f(3, 4) == 7", "f"] = [(0, marshal.dumps(([0, 7], {}), 2))]
+    assert judge("def f(a, b): return a + b", "assert f(3, 4) == 7").passed == 1
+    FIRST_CALLS["assert f(3, 4) == 7", "f"] = [(0, marshal.dumps(([0, 7], {}), 2))]
+    assert judge("def f(a, b): return 7 - a", "assert f(3, 4) == 7").passed == 0
 
 
 def human_eval() -> list[dict[str, Any]]:

@@ -9,10 +9,11 @@ import pytest
 
 from cispo.sandboxes import Limits, Sandbox, Verdict, VerdictStatus
 from cispo.sandboxes.judge import judge_repo
+from cispo.sandboxes.judge_repo import MIN_TWINS
 from cispo.sandboxes.twins import apply, edits_of
 from cispo.sandboxes.types import TestStatus
 
-LIMITS = Limits(wall_s=30.0, cpu_s=5.0, memory_mib=256, pids=32, output_kib=256, files_mib=16)
+LIMITS = Limits(wall_s=30.0, cpu_s=2.5, memory_mib=256, pids=32, output_kib=256, files_mib=16)
 BASE = {
     "calc/__init__.py": "",
     "calc/core.py": "def add(a, b):\n    return a - b\n\n\ndef share(a, b):\n    return None\n",
@@ -209,6 +210,12 @@ def test_attacks_pass_nothing_that_is_wrong(judge: Judge, name: str) -> None:
     assert verdict.passed < verdict.total == 6
 
 
+@pytest.mark.parametrize("path", ["calc/core.py/x", "calc", "calc/" + "x" * 300 + ".py"])
+def test_files_that_cannot_be_written_are_a_failure_and_mask_nothing(judge: Judge, path: str) -> None:
+    verdict = judge({"calc/core.py": RIGHT, path: "x = 1"})
+    assert (verdict.status, verdict.passed) == (VerdictStatus.RUNTIME_ERROR, 0), verdict
+
+
 def test_who_cheats_where_it_knows_the_answer_of_one_test_is_found_out(judge: Judge) -> None:
     source = """
 import sys, _pytest.python
@@ -223,6 +230,15 @@ _pytest.python.Function.runtest = runtest
     verdict = judge({"calc/core.py": source})
     assert verdict.status is VerdictStatus.WRONG_ANSWER and verdict.passed <= 1
     assert "twin_disagrees" in verdict.flags
+
+
+def test_it_stops_where_no_test_can_pass_any_more(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    run = sandbox.run
+    monkeypatch.setattr(sandbox, "run", lambda *rest, **named: runs.append(rest) or run(*rest, **named))
+    verdict = judge_repo(sandbox, BASE, ATTACKS["equal to all"], TESTS, IDS[:2], LIMITS)
+    assert (verdict.status, verdict.passed) == (VerdictStatus.WRONG_ANSWER, 0)
+    assert verdict.flags == ("twin_disagrees",) and 2 <= len(runs) < 1 + MIN_TWINS
 
 
 def test_files_left_out_are_flagged(judge: Judge) -> None:

@@ -23,6 +23,12 @@ def test_a_sleeper_is_stopped_by_the_clock(run_python: Run) -> None:
     assert result.exit_code is None and result.cpu_s < 1.0
 
 
+def test_who_waits_for_a_child_of_vfork_is_stopped_by_the_clock(run_python: Run) -> None:
+    source = "import ctypes, time\nctypes.CDLL(None).vfork()\ntime.sleep(60)"
+    result = run_python(source, limits=Limits(wall_s=0.2, cpu_s=5.0))
+    assert result.status is ExecStatus.TIMEOUT
+
+
 def test_signals_cannot_be_ignored_away(run_python: Run) -> None:
     source = """
     import signal

@@ -92,8 +92,8 @@ def test_a_failing_sandbox_is_tried_again_so_many_times(pool: SandboxPool, tmp_p
 
 def test_a_deadline_counts_from_the_start_of_the_execution(pool: SandboxPool) -> None:
     timeouts = pool.metrics().timeouts
-    futures = [pool.submit(sleep, 1.0, deadline_s=4.0) for _ in range(12)]  # 6 s on two actors
-    assert [future.result(60) for future in futures] == [1.0] * 12
+    futures = [pool.submit(sleep, 0.5, deadline_s=2.0) for _ in range(12)]  # 3 s on two actors
+    assert [future.result(60) for future in futures] == [0.5] * 12
     assert pool.metrics().timeouts == timeouts
 
 
