@@ -39,7 +39,7 @@ class Case:
 
 
 FLOAT32 = Case("float32, experts replayed", torch.float32, 4096, 4, 256, 1e-5, replays=True)
-ROUTED = Case("float32, routers choosing", torch.float32, 4096, 4, 256, None)
+ROUTED = Case("float32, routers choosing", torch.float32, 4096, 4, 256, 1e-5)
 BFLOAT16 = Case("bfloat16", torch.bfloat16, 16_384, 16, 1230, 1e-3)
 """A logprob differs by some hundredths when any weight has moved by a rounding, so the loss of these is compared on a
 batch that an RL step has, of some 64,000 tokens."""
