@@ -27,9 +27,8 @@ from cispo.sandboxes.twins import TURNED_ROUND, Edit, apply, edits_of, function_
 from cispo.sandboxes.types import ExecResult, ExecStatus, Limits, Sandbox, TestStatus, Verdict, VerdictStatus
 
 LAUNCHER_SOURCE = Path(repo_launcher.__file__).read_text(encoding="utf-8")
-MIN_TWINS = 4
-# Among so many patterns, over all tests, a program that knows no answer must guess the right one.
-MIN_PATTERNS = 1000
+# A program that knows all answers but one must guess one pattern in 254, and each twin of one that does is a run.
+TWINS = 8
 PHASES = ("setup", "call", "teardown")
 
 
@@ -45,9 +44,9 @@ def judge_repo(
 ) -> Verdict:
     """Lay the agent's files over the base, and run the tests `must_pass` (ids of pytest, from the hidden tests' root).
 
-    All files are texts by their relative path. The limits hold for each run of pytest; there are at least five where
-    any test passes, fewer where none can any more. A sandbox that fails is tried again after each of the pauses; if it
-    fails to the last the status is sandbox_error. Raises ValueError when the base or the tests are at fault: a path
+    All files are texts by their relative path. The limits hold for each run of pytest; there are nine where any
+    test passes, fewer where none can any more. A sandbox that fails is tried again after each of the pauses; if it fails
+    to the last the status is sandbox_error. Raises ValueError when the base or the tests are at fault: a path
     that leaves its folder, a test that is not there or compares nothing.
     """
     _check(base_files, hidden_tests, must_pass)
@@ -120,14 +119,11 @@ def _plan_twins(
 ) -> list[tuple[dict[str, str], frozenset[str]]]:
     """Twins of all files, each with the functions (`path::name`) that are altered in it.
 
-    Every function is altered in some twin and left alone in another.
+    Each is altered in some twin and left alone in another.
     """
-    count = MIN_TWINS
-    while ((1 << count) - 2) ** len(choices) < MIN_PATTERNS:
-        count += 1
-    masks = {name: chance.randrange(1, (1 << count) - 1) for name in choices}
+    masks = {name: chance.randrange(1, (1 << TWINS) - 1) for name in choices}
     twins = []
-    for place in range(count):
+    for place in range(TWINS):
         altered = frozenset(name for name, mask in masks.items() if mask >> place & 1)
         edits: dict[str, list[Edit]] = {}
         for name in sorted(altered):

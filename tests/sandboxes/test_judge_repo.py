@@ -9,7 +9,7 @@ import pytest
 
 from cispo.sandboxes import Limits, Sandbox, Verdict, VerdictStatus
 from cispo.sandboxes.judge import judge_repo
-from cispo.sandboxes.judge_repo import MIN_TWINS
+from cispo.sandboxes.judge_repo import TWINS
 from cispo.sandboxes.twins import apply, edits_of
 from cispo.sandboxes.types import TestStatus
 
@@ -238,7 +238,7 @@ def test_it_stops_where_no_test_can_pass_any_more(sandbox: Sandbox, monkeypatch:
     monkeypatch.setattr(sandbox, "run", lambda *rest, **named: runs.append(rest) or run(*rest, **named))
     verdict = judge_repo(sandbox, BASE, ATTACKS["equal to all"], TESTS, IDS[:2], LIMITS)
     assert (verdict.status, verdict.passed) == (VerdictStatus.WRONG_ANSWER, 0)
-    assert verdict.flags == ("twin_disagrees",) and 2 <= len(runs) < 1 + MIN_TWINS
+    assert verdict.flags == ("twin_disagrees",) and 2 <= len(runs) < 1 + TWINS
 
 
 def test_files_left_out_are_flagged(judge: Judge) -> None:
