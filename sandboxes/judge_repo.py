@@ -45,8 +45,8 @@ def judge_repo(
     """Lay the agent's files over the base, and run the tests `must_pass` (ids of pytest, from the hidden tests' root).
 
     All files are texts by their relative path. The limits hold for each run of pytest; there are nine where any
-    test passes, fewer where none can any more. A sandbox that fails is tried again after each of the pauses; if it fails
-    to the last the status is sandbox_error. Raises ValueError when the base or the tests are at fault: a path
+    test passes, fewer where none can any more. A sandbox that fails is tried again after each of the pauses; if it
+    fails to the last the status is sandbox_error. Raises ValueError when the base or the tests are at fault: a path
     that leaves its folder, a test that is not there or compares nothing.
     """
     _check(base_files, hidden_tests, must_pass)
