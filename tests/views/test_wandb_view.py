@@ -6,6 +6,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.console import Console
 from cispo.views import Views, open_views
 
 BLOCK_BYTES = 32768
+WRITTEN_WITHIN_S = 60.0
 
 
 @pytest.fixture
@@ -57,6 +59,8 @@ def read_history(file: Path) -> list[dict[str, float]]:
             place += BLOCK_BYTES - place % BLOCK_BYTES
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        if place + 7 + length > len(data):  # not wholly written yet
+            break
         partial += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
@@ -66,6 +70,16 @@ def read_history(file: Path) -> list[dict[str, float]]:
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
                 rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def written_history(file: Path, last_step: int) -> list[dict[str, float]]:
+    """The rows once the last is there: W&B's service is told to finish and answers nothing, then writes the rest."""
+    deadline = time.monotonic() + WRITTEN_WITHIN_S
+    rows = read_history(file)
+    while not any(row["_step"] == last_step for row in rows) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        rows = read_history(file)
     return rows
 
 
@@ -93,7 +107,7 @@ def test_offline_history_is_on_disk_and_a_resumed_run_continues_it(
             views.step(step, {"reward/mean": step / 8, "time_s/step": 1.0})
     first_id = json.loads((tmp_path / "wandb.json").read_text())["id"]
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    rows = read_history(file)
+    rows = written_history(file, 3)
     assert [row["_step"] for row in rows] == [0, 1, 2, 3]
     assert rows[0]["eval/heldout/pass@1"] == 0.25
     assert [row["reward/mean"] for row in rows[1:]] == [1 / 8, 2 / 8, 3 / 8]
@@ -102,7 +116,7 @@ def test_offline_history_is_on_disk_and_a_resumed_run_continues_it(
         for step in (2, 3, 4):
             views.step(step, {"reward/mean": step / 8})
     (resumed,) = set(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) - {file}
-    assert [row["_step"] for row in read_history(resumed)] == [4], "steps that W&B has must not be given again"
+    assert [row["_step"] for row in written_history(resumed, 4)] == [4], "steps that W&B has must not be given again"
     assert resumed.name == file.name == f"run-{first_id}.wandb"
 
     assert forbidden_network == []
