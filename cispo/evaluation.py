@@ -6,7 +6,8 @@ from pathlib import Path
 
 from cispo.crew import Crew
 from cispo.data import load_prompts
-from cispo.recipe.schema import FIRST_SET, EvaluationSettings, HeldoutSettings, RolloutSettings
+from cispo.recipe.rollout_schema import RolloutSettings
+from cispo.recipe.schema import FIRST_SET, EvaluationSettings, HeldoutSettings
 from cispo.rollout.recipe_request import group_request
 from cispo.sampler import Progress
 from cispo.statistics import Estimate, PromptOutcome, evaluation_metrics, paired_gain, pass_at_1

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from cispo.errors import CheckpointError
-from cispo.recipe.schema import LengthWindowSettings
+from cispo.recipe.rollout_schema import LengthWindowSettings
 from cispo.types import ScoredGroup
 
 

@@ -18,7 +18,8 @@ from cispo.cli import main
 from cispo.errors import RunFolderError
 from cispo.evaluation import HeldoutSet, evaluate
 from cispo.kernels.cpu_library import prepare
-from cispo.recipe.schema import EvaluationSettings, RolloutSettings
+from cispo.recipe.rollout_schema import RolloutSettings
+from cispo.recipe.schema import EvaluationSettings
 from cispo.rollout.request import GroupRequest
 from cispo.run_folder import RunFolder
 from cispo.sampler import Collected

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from cispo.errors import CheckpointError, RecipeError
 from cispo.length_windows import LengthWindows
 from cispo.recipe import load_train_recipe
-from cispo.recipe.schema import LengthWindowSettings, RolloutSettings
+from cispo.recipe.rollout_schema import LengthWindowSettings, RolloutSettings
 from cispo.recipe.show import train_plan
 from cispo.types import Prompt, Rollout, Score, ScoredGroup, StopReason, Turn
 

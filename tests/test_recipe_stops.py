@@ -18,7 +18,7 @@ from cispo.learner_settings import LearnerSettings
 from cispo.model.checkpoint import load_policy
 from cispo.model.tokenizer import Tokenizer
 from cispo.objective_settings import CispoSettings
-from cispo.recipe.schema import RepetitionSettings, RolloutSettings, ThinkingSettings
+from cispo.recipe.rollout_schema import RepetitionSettings, RolloutSettings, ThinkingSettings
 from cispo.rollout.engine import Engine, SamplingSettings
 from cispo.rollout.recipe_request import group_request, rollout_stops
 from cispo.rollout.request import Repetition, Stops, ThinkingBudget

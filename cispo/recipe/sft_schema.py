@@ -7,7 +7,8 @@ from pydantic import Field
 
 from cispo.data import DataSettings
 from cispo.learner_settings import Schedule
-from cispo.recipe.schema import LoggingSettings, RunName, Section, Seed
+from cispo.recipe.schema import LoggingSettings, RunName, Seed
+from cispo.recipe.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

@@ -10,7 +10,8 @@ from cispo.memory import count_parameters, learner_bytes, run_memory, size_text,
 from cispo.placement import Placement
 from cispo.recipe.document import SectionNode, SettingPath
 from cispo.recipe.load import LoadedRecipe
-from cispo.recipe.schema import RolloutSettings, TrainRecipe
+from cispo.recipe.rollout_schema import RolloutSettings
+from cispo.recipe.schema import TrainRecipe
 from cispo.recipe.sft_schema import SftRecipe
 from cispo.recipe.validate import is_written, origin_of
 from cispo.resources import resolve_policy

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from cispo.errors import RecipeError
 from cispo.model.tokenizer import Tokenizer
-from cispo.recipe.schema import RolloutSettings
+from cispo.recipe.rollout_schema import RolloutSettings
 from cispo.rollout.request import Drawing, GroupRequest, Repetition, Stops, ThinkingBudget
 from cispo.types import Prompt
 
