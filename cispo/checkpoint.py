@@ -3,36 +3,38 @@
     step_000040/
         manifest.json           SHA-256 and size of every other file, written last
         policy/                 config.json, model.safetensors, tokenizer: a policy folder in Hugging Face layout
-        learner.safetensors     masters, moments, counters
+        learner-*.safetensors   masters, moments, counters, as `cispo.hashed_files` cuts them
         loop.json               whatever else the loop needs to go on
     best.json                   the step whose checkpoint is kept for being the best, where one is
 
 A checkpoint is written into a hidden folder beside its place, made durable, and renamed. A kill at any moment leaves
 the checkpoints that were there and perhaps a hidden folder, which the next save removes.
+
+In checkpoints of format 1, which are read but not written any more, learner.safetensors is the learner's one file.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cispo.errors import CheckpointError
+from cispo.hashed_files import Fingerprint, HashedFolder, first_damage, read_tensors, tensor_files
 from cispo.model.checkpoint import save_policy
 from cispo.model.decoder import Decoder
 from cispo.model.tokenizer import Tokenizer
 
-MANIFEST, POLICY, LEARNER, LOOP = "manifest.json", "policy", "learner.safetensors", "loop.json"
+MANIFEST, POLICY, LEARNER, LOOP = "manifest.json", "policy", "learner", "loop.json"
 BEST = "best.json"
-FORMAT = 1
+FORMAT = 2
+ONE_FILE_FORMAT = 1
 _STEP_NAME = re.compile(r"step_(\d+)")
 _HIDDEN_NAME = re.compile(r"\.step_\d+\.(writing|removing)")
 
@@ -44,6 +46,7 @@ class Checkpoint:
     path: Path
     step: int
     loop_state: Mapping[str, Any]
+    learner_files: tuple[str, ...]
 
     @property
     def policy_path(self) -> Path:
@@ -52,8 +55,8 @@ class Checkpoint:
 
     @property
     def learner_state(self) -> dict[str, Tensor]:
-        """What was given when it was saved, read from the file, on the CPU."""
-        return load_file(self.path / LEARNER)
+        """What was given when it was saved, read from the files, on the CPU."""
+        return read_tensors([self.path / name for name in self.learner_files])
 
 
 def save_checkpoint(
@@ -84,21 +87,26 @@ def write_checkpoint(
 ) -> None:
     """Write the checkpoint `path`, whose name is `step_` and a number; one that is there already is replaced.
 
-    write_policy fills an empty folder with a policy and its tokenizer. loop_state must be JSON. Hidden folders that a
-    killed write left beside it are removed.
+    write_policy fills an empty folder with a policy and its tokenizer, while threads write the learner's state.
+    loop_state must be JSON. Hidden folders that a killed write left beside it are removed.
     """
     _step_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
     draft = path.with_name(f".{path.name}.writing")
     (draft / POLICY).mkdir(parents=True)
-    write_policy(draft / POLICY)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in learner_state.items()}, draft / LEARNER)
     (draft / LOOP).write_text(json.dumps(loop_state, allow_nan=False) + "\n", encoding="utf-8")
-    files = {name: _fingerprint(draft / name) for name in _file_names(draft)}
+    with HashedFolder(draft) as folder:
+        folder.start_file(LOOP)
+        folder.start_tensors(LEARNER, learner_state)
+        write_policy(draft / POLICY)
+        for file in (draft / POLICY).rglob("*"):
+            if file.is_file():
+                folder.start_file(str(file.relative_to(draft)))
+        files = {name: asdict(fingerprint) for name, fingerprint in folder.fingerprints().items()}
     manifest = {"format": FORMAT, "step": _step_of(path), "files": files}
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for name in (*files, MANIFEST, POLICY, "."):
+    for name in (MANIFEST, POLICY, "."):
         _sync(draft / name)
     if path.exists():
         _remove(path)
@@ -111,7 +119,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises CheckpointError that names what is damaged and the newest good checkpoint before it, if there is one.
     """
-    damage = _damage(path)
+    damage, learner_files = _verify(path)
     if damage:
         good = newest_good_checkpoint(path.parent, before=_step_of(path))
         if good:
@@ -120,7 +128,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             advice = "there is no good one before it: start the run again under another name"
         raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {advice}")
     loop_state = json.loads((path / LOOP).read_text(encoding="utf-8"))
-    return Checkpoint(path=path, step=_step_of(path), loop_state=loop_state)
+    return Checkpoint(path=path, step=_step_of(path), loop_state=loop_state, learner_files=learner_files)
 
 
 def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -132,7 +140,7 @@ def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
 def newest_good_checkpoint(folder: Path, *, before: int) -> Path | None:
     """The newest checkpoint of an earlier step that passes verification."""
     earlier = [path for path in list_checkpoints(folder) if _step_of(path) < before]
-    return next((path for path in reversed(earlier) if not _damage(path)), None)
+    return next((path for path in reversed(earlier) if not _verify(path)[0]), None)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -189,41 +197,25 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
-def _damage(path: Path) -> str:
-    """What is wrong with a checkpoint; empty when it is whole."""
+def _verify(path: Path) -> tuple[str, tuple[str, ...]]:
+    """What is wrong with a checkpoint, empty when it is whole, and the names of the learner's files."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files, step, version = manifest["files"], manifest["step"], manifest["format"]
-        expected = {name: (entry["sha256"], entry["bytes"]) for name, entry in files.items()}
+        expected = {name: Fingerprint(entry["sha256"], int(entry["bytes"])) for name, entry in files.items()}
     except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    if version != FORMAT:
-        return f"{MANIFEST} has format {version}, this version reads {FORMAT}"
+        return f"{MANIFEST} is missing", ()
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})", ()
+    if version not in (ONE_FILE_FORMAT, FORMAT):
+        return f"{MANIFEST} has format {version}, this version reads {ONE_FILE_FORMAT} and {FORMAT}", ()
     if step != _step_of(path):
-        return f"{MANIFEST} is of step {step}"
-    absent = {LEARNER, LOOP} - expected.keys()
+        return f"{MANIFEST} is of step {step}", ()
+    learner_files = [f"{LEARNER}.safetensors"] if version == ONE_FILE_FORMAT else tensor_files(LEARNER, expected)
+    absent = {*learner_files, LOOP} - expected.keys()
     if absent:
-        return f"{MANIFEST} does not name {min(absent)}"
-    for name, (sha256, size) in expected.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
-        if _fingerprint(file)["sha256"] != sha256:
-            return f"the contents of {name} have changed since it was written"
-    return ""
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": file.stat().st_size}
-
-
-def _file_names(folder: Path) -> list[str]:
-    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        return f"{MANIFEST} does not name {min(absent)}", ()
+    return first_damage(path, expected), tuple(learner_files)
 
 
 def _remove(path: Path) -> None:

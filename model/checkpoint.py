@@ -6,7 +6,6 @@ by tensor. Writing splits what is too large for one file into shards with an ind
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from cispo.model.weight_files import (
     WEIGHTS_NAME,
     StoredTensor,
     missing_weights,
+    split_names,
     stored_tensors,
     weight_files,
 )
@@ -162,7 +162,7 @@ def save_policy(
     dtypes = {
         name: view.dtype if dtype is None or name.endswith(ROUTER_SUFFIXES) else dtype for name, view in views.items()
     }
-    shards = _shards({name: view.numel() * dtypes[name].itemsize for name, view in views.items()}, shard_bytes)
+    shards = split_names({name: view.numel() * dtypes[name].itemsize for name, view in views.items()}, shard_bytes)
     files = [WEIGHTS_NAME]
     if len(shards) > 1:
         files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -179,16 +179,3 @@ def save_policy(
         # An index of an earlier, sharded policy in this folder would hide the file just written.
         index.unlink(missing_ok=True)
     (path / CONFIG_NAME).write_text(json.dumps(write_hf_config(decoder.config), indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(sizes_bytes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
-    """Names in their order, cut where the next tensor would go over the limit."""
-    shards: list[list[str]] = [[]]
-    room = limit_bytes
-    for name, size in sizes_bytes.items():
-        if size > room and shards[-1]:
-            shards.append([])
-            room = limit_bytes
-        shards[-1].append(name)
-        room -= size
-    return shards

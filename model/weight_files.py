@@ -4,7 +4,7 @@ Tensors are read by position rather than through a memory map, so loading holds 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -80,6 +80,22 @@ def stored_tensors(file: Path) -> Iterator[StoredTensor]:
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); restore it from its source") from error
     yield from found
+
+
+def split_names(sizes_bytes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
+    """Names of tensors in their order, a list for each file, cut where the next would go over the limit.
+
+    One list at least; a tensor over the limit has one of its own.
+    """
+    files: list[list[str]] = [[]]
+    room = limit_bytes
+    for name, size in sizes_bytes.items():
+        if size > room and files[-1]:
+            files.append([])
+            room = limit_bytes
+        files[-1].append(name)
+        room -= size
+    return files
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:

@@ -96,10 +96,16 @@ def fingerprint(folder: Path) -> dict[str, str]:
     steps = [record["step"] for record in records(folder / "metrics.jsonl") if record["step"]]
     assert steps == list(range(1, len(steps) + 1))
     last = folder / "checkpoints" / f"step_{steps[-1]:06d}"
-    files = (last / "policy" / "model.safetensors", last / "learner.safetensors")
-    hashes = {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _tensor_files(folder, last)}
     rollouts = {file.name: _hash_of(records(file)) for file in sorted((folder / "rollouts").iterdir())}
     return {"metrics": _hash_of(records(folder / "metrics.jsonl")), **rollouts, **hashes}
+
+
+def _tensor_files(folder: Path, checkpoint: Path) -> list[str]:
+    """Files of a checkpoint's policy and learner, named from the run's folder."""
+    learner = sorted(checkpoint.glob("learner-*.safetensors"))
+    assert learner
+    return [str(file.relative_to(folder)) for file in (checkpoint / "policy" / "model.safetensors", *learner)]
 
 
 def _hash_of(lines: list[Record]) -> str:
@@ -120,8 +126,7 @@ def first_difference(expected: Path, actual: Path) -> str:
         found = _differing_record(*(list(map(without_times, side)) for side in lines), ("step",))
         if found:
             return f"metrics.jsonl: {found}"
-    last = f"checkpoints/step_{steps:06d}"
-    for name in (f"{last}/policy/model.safetensors", f"{last}/learner.safetensors"):
+    for name in _tensor_files(expected, expected / "checkpoints" / f"step_{steps:06d}"):
         before, after = load_file(expected / name), load_file(actual / name)
         for tensor in sorted(before.keys() | after.keys()):
             if tensor not in before or tensor not in after:

@@ -1,13 +1,17 @@
+import hashlib
 import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from cispo import hashed_files
 from cispo.checkpoint import (
     best_checkpoint,
     best_step,
@@ -23,6 +27,12 @@ from cispo.errors import CheckpointError
 STATE = {"updates": torch.tensor(3), "master/a": torch.arange(600, dtype=torch.float32), "b": torch.ones(2, 2).t()}
 
 
+@pytest.fixture
+def several_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a size that the state has two of."""
+    monkeypatch.setattr(hashed_files, "FILE_BYTES", 2420)
+
+
 def write_policy(path: Path) -> None:
     (path / "config.json").write_text("{}")
     (path / "model.safetensors").write_bytes(bytes(range(256)) * 40)
@@ -34,12 +44,31 @@ def save(folder: Path, step: int, state: dict[str, Tensor] = STATE) -> Path:
     return path
 
 
+def save_in_one_file(folder: Path, step: int) -> Path:
+    """A checkpoint of format 1, as it was written before the learner's state had several files."""
+    path = folder / f"step_{step:06d}"
+    (path / "policy").mkdir(parents=True)
+    write_policy(path / "policy")
+    save_file({name: tensor.contiguous() for name, tensor in STATE.items()}, path / "learner.safetensors")
+    (path / "loop.json").write_text(json.dumps({"step": step, "cursor": [1, 2]}) + "\n")
+    files = {
+        str(file.relative_to(path)): {
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "bytes": file.stat().st_size,
+        }
+        for file in files_of(path)
+    }
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "step": step, "files": files}, indent=1) + "\n")
+    return path
+
+
 def files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    path = save(tmp_path, 40)
+@pytest.mark.parametrize("write", [save, save_in_one_file])
+def test_what_was_saved_is_loaded(tmp_path: Path, write: Callable[[Path, int], Path]) -> None:
+    path = write(tmp_path, 40)
     checkpoint = load_checkpoint(path)
     assert (checkpoint.step, checkpoint.loop_state) == (40, {"step": 40, "cursor": [1, 2]})
     assert (checkpoint.policy_path / "config.json").read_text() == "{}"
@@ -67,8 +96,14 @@ def test_the_newest_is_loaded_and_the_oldest_pruned(tmp_path: Path) -> None:
     assert len(list_checkpoints(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "loop.json", "learner.safetensors", "policy/model.safetensors"])
-def test_a_truncated_or_missing_file_is_named_and_the_good_one_before_it_offered(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "loop.json", "learner-00001-of-00002.safetensors", "learner-00002-of-00002.safetensors",
+     "policy/model.safetensors"],
+)  # fmt: skip
+def test_a_truncated_or_missing_file_is_named_and_the_good_one_before_it_offered(
+    tmp_path: Path, name: str, several_files: None
+) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
     path = save(tmp_path, 3)
@@ -88,8 +123,9 @@ def test_a_truncated_or_missing_file_is_named_and_the_good_one_before_it_offered
     load_checkpoint(path)
 
 
-def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    path = save(tmp_path, 7)
+@pytest.mark.parametrize("write", [save, save_in_one_file])
+def test_any_flipped_bit_is_noticed(tmp_path: Path, write: Callable[[Path, int], Path], several_files: None) -> None:
+    path = write(tmp_path, 7)
     rng = random.Random(0)
     for file in files_of(path):
         content = file.read_bytes()
@@ -105,7 +141,7 @@ def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
 
 def test_without_an_earlier_checkpoint_a_new_run_is_the_advice(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    (path / "learner.safetensors").write_bytes(b"x")
+    (path / "learner-00001-of-00001.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="no good one before it"):
         load_checkpoint(path)
 
@@ -117,9 +153,34 @@ def test_a_renamed_or_foreign_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="must be step_ and a number"):
         write_checkpoint(tmp_path / "best", write_policy=write_policy, learner_state={}, loop_state={})
     manifest = tmp_path / "step_000005" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "step": 5, "format": 2}))
-    with pytest.raises(CheckpointError, match="format 2"):
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "step": 5, "format": 3}))
+    with pytest.raises(CheckpointError, match="format 3, this version reads 1 and 2"):
         load_checkpoint(tmp_path / "step_000005")
+
+
+def test_a_manifest_must_name_every_file_of_the_learner(tmp_path: Path, several_files: None) -> None:
+    for path, name in (
+        (save(tmp_path, 1), "learner-00002-of-00002.safetensors"),
+        (save_in_one_file(tmp_path, 2), "learner.safetensors"),
+    ):
+        manifest = json.loads((path / "manifest.json").read_text())
+        del manifest["files"][name]
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(CheckpointError, match=rf"manifest\.json does not name {name}"):
+            load_checkpoint(path)
+
+
+def test_a_run_of_one_file_goes_on_in_several(tmp_path: Path, several_files: None) -> None:
+    state = load_checkpoint(save_in_one_file(tmp_path, 3)).learner_state
+    path = save(tmp_path, 4, state)
+    prune_checkpoints(tmp_path, keep=1)
+    again = load_checkpoint(path).learner_state
+    assert again.keys() == STATE.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in STATE.items())
+    assert [file.name for file in files_of(path)][:2] == [
+        "learner-00001-of-00002.safetensors",
+        "learner-00002-of-00002.safetensors",
+    ]
 
 
 def test_a_failing_write_leaves_what_was_there(tmp_path: Path) -> None:
@@ -145,7 +206,10 @@ KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
+from cispo import hashed_files
 from cispo.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, write_checkpoint
+
+hashed_files.FILE_BYTES = 30_000
 
 def write_policy(path):
     with (path / "model.safetensors").open("wb") as file:
@@ -156,7 +220,8 @@ def write_policy(path):
 
 def write_for_ever(folder, step, done):
     while True:
-        path, state = folder / f"step_{step:06d}", {"step": torch.full((20_000,), float(step))}
+        path = folder / f"step_{step:06d}"
+        state = {name: torch.full((5_000,), float(step)) for name in ("first", "second", "third", "fourth")}
         write_checkpoint(path, write_policy=write_policy, learner_state=state, loop_state={"step": step})
         prune_checkpoints(folder, keep=2)
         os.write(done, b"x")
@@ -178,7 +243,8 @@ for _ in range(25):
     os.close(reader)
     checkpoints = [load_checkpoint(path) for path in list_checkpoints(folder)]
     for checkpoint in checkpoints:
-        assert float(checkpoint.learner_state["step"][-1]) == checkpoint.loop_state["step"] == checkpoint.step
+        assert len(checkpoint.learner_files) == 4 and checkpoint.loop_state["step"] == checkpoint.step
+        assert all((tensor == checkpoint.step).all() for tensor in checkpoint.learner_state.values())
     newest = checkpoints[-1].step
     assert newest - step - reported in (0, 1), "what was reported as saved is there"
     step = newest
