@@ -17,7 +17,7 @@ def run(setting: Setting) -> None:
         write_inputs(setting, folder)
         speeds = {}
         for ahead in (0, 4):
-            steps = 8 if ahead == 0 else 11
+            steps = 7 if ahead == 0 else 11
             of = recipe(setting, folder, f"ahead{ahead}", rollout={"max_off_policy_steps": ahead}, steps=steps)
             _, metrics = train(of, folder)
             # With sampling ahead the first steps have none to wait for, and the last none to hand out.
