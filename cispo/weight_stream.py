@@ -80,16 +80,17 @@ def send_block(
     """Send weights from where they lie, through all links at once; they must not change until it returns.
 
     sizes: bytes of each weight by name. A link whose other end is gone is left out from there on; DeadlineError where
-    nothing moves for timeout_s.
+    not all has gone through the others after timeout_s.
     """
     started = time.perf_counter()
+    deadline = started + timeout_s
     block.version.fill_(version)
     lost: dict[str, str] = {}
     pieces = [_Buffer(piece_B) for piece_B in block.bytes_B.split(piece_bytes(sizes, in_block=True))]
     for piece in pieces:
         _start(piece, len(piece.bytes_B), links, lost)
     for piece in pieces:
-        _finish(piece, lost, timeout_s)
+        _finish(piece, lost, deadline)
     return Sent(sum(sizes.values()), time.perf_counter() - started, lost)
 
 
@@ -108,6 +109,7 @@ def send_weights(
     ValueError where a weight has another size.
     """
     started = time.perf_counter()
+    deadline = started + timeout_s
     piece = piece_bytes(sizes, in_block=False)
     buffers = [_Buffer(torch.zeros(piece, dtype=torch.uint8, device=device)) for _ in range(2)]
     buffers[0].bytes_B[:_VERSION_BYTES].view(torch.int64).fill_(version)
@@ -117,7 +119,7 @@ def send_weights(
     for part_B, room in _parts(weights, sizes, piece):
         buffer = buffers[turn]
         if not filled:
-            _finish(buffer, lost, timeout_s)
+            _finish(buffer, lost, deadline)
         if part_B is not None:
             buffer.bytes_B[filled : filled + room].copy_(part_B)
         filled += room
@@ -127,7 +129,7 @@ def send_weights(
     if filled:
         _start(buffers[turn], filled, links, lost)
     for buffer in (buffers[1 - turn], buffers[turn]):
-        _finish(buffer, lost, timeout_s)
+        _finish(buffer, lost, deadline)
     return Sent(sum(sizes.values()), time.perf_counter() - started, lost)
 
 
@@ -136,7 +138,7 @@ def receive_block(link: Link, block: WeightBlock, sizes: Mapping[str, int], *, i
     """Take weights into their places; their version.
 
     in_block: whether they come from a block, or from `send_weights`. LinkLostError where the sender is gone,
-    DeadlineError after timeout_s.
+    DeadlineError where nothing comes for timeout_s.
     """
     works = [link.start(piece_B) for piece_B in block.bytes_B.split(piece_bytes(sizes, in_block=in_block))]
     for work in works:
@@ -181,17 +183,17 @@ def _start(buffer: _Buffer, length: int, links: Sequence[Link], lost: dict[str, 
         if link.name not in lost:
             try:
                 buffer.under_way[link] = link.start(buffer.bytes_B[:length])
-            except RuntimeError as error:
+            except LinkLostError as error:
                 lost[link.name] = str(error)
 
 
-def _finish(buffer: _Buffer, lost: dict[str, str], timeout_s: float) -> None:
+def _finish(buffer: _Buffer, lost: dict[str, str], deadline: float) -> None:
     """Wait until what was started from the buffer has arrived everywhere."""
     for link, work in buffer.under_way.items():
         if link.name in lost:
             continue
         try:
-            link.wait(work, timeout_s)
+            link.wait(work, deadline - time.perf_counter())
         except LinkLostError as error:
             lost[link.name] = str(error)
     buffer.under_way.clear()

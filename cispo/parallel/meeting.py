@@ -27,8 +27,12 @@ class Meeting:
         return cls(TCPStore(host, int(port), None, is_master=False, wait_for_workers=False, timeout=timeout), address)
 
     def room(self, name: str) -> Store:
-        """A store of the same processes in which nobody meets those of other rooms."""
-        return PrefixStore(name, self.store)
+        """A store of the same processes in which nobody meets those of other rooms.
+
+        By a connection of its own: a connection serves one call at a time, and a call that waits for a key there would
+        keep whoever looks for a loss waiting too.
+        """
+        return PrefixStore(name, self.store.clone())
 
     def declare_lost(self, link: str) -> None:
         """Tell whoever waits at an end of this link that the other is gone."""
