@@ -5,26 +5,27 @@ from typing import Self
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+_HOLDERS_TIMEOUT = timedelta(seconds=300)
+
 
 class Meeting:
     """A store that all who know its address share."""
 
-    def __init__(self, store: TCPStore, address: str) -> None:
+    def __init__(self, store: TCPStore, address: str, timeout: timedelta) -> None:
         """Use `open` or `enter`."""
-        self.store, self.address = store, address
+        self.store, self.address, self._timeout = store, address, timeout
 
     @classmethod
     def open(cls, host: str) -> Self:
         """A meeting that this process holds, on a free port. host: how the others reach this machine."""
-        store = TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
-        return cls(store, f"{host}:{store.port}")
+        store = TCPStore(host, 0, None, is_master=True, wait_for_workers=False, timeout=_HOLDERS_TIMEOUT)
+        return cls(store, f"{host}:{store.port}", _HOLDERS_TIMEOUT)
 
     @classmethod
     def enter(cls, address: str, timeout_s: float) -> Self:
         """The meeting that another process holds."""
-        host, _, port = address.rpartition(":")
         timeout = timedelta(seconds=timeout_s)
-        return cls(TCPStore(host, int(port), None, is_master=False, wait_for_workers=False, timeout=timeout), address)
+        return cls(_connect(address, timeout), address, timeout)
 
     def room(self, name: str) -> Store:
         """A store of the same processes in which nobody meets those of other rooms.
@@ -32,7 +33,7 @@ class Meeting:
         By a connection of its own: a connection serves one call at a time, and a call that waits for a key there would
         keep whoever looks for a loss waiting too.
         """
-        return PrefixStore(name, self.store.clone())
+        return PrefixStore(name, _connect(self.address, self._timeout))
 
     def declare_lost(self, link: str) -> None:
         """Tell whoever waits at an end of this link that the other is gone."""
@@ -40,3 +41,8 @@ class Meeting:
 
     def is_lost(self, link: str) -> bool:
         return bool(self.store.check([f"lost/{link}"]))
+
+
+def _connect(address: str, timeout: timedelta) -> TCPStore:
+    host, _, port = address.rpartition(":")
+    return TCPStore(host, int(port), None, is_master=False, wait_for_workers=False, timeout=timeout)
